@@ -1,0 +1,12 @@
+"""The errors that the guard raises."""
+
+from __future__ import annotations
+
+
+class NoGradientError(RuntimeError):
+    """No AdaLoRA parameter of the adapter has a gradient, so that nothing can be scored.
+
+    Raised out of ``RankAllocator.update_and_allocate`` (and so out of ``AdaLoraModel.update_and_allocate``) instead of
+    PEFT's ``TypeError: unsupported operand type(s) for *: 'Parameter' and 'NoneType'``. The message says which case it
+    is and what to change in the training loop. Nothing was scored, pruned or changed by the call that raised it.
+    """

@@ -1,0 +1,36 @@
+"""The overlap of ``target_modules`` and ``modules_to_save``, which some PEFT releases save but cannot load again."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .skips import Memory
+
+# Measured without the guard: 0.5, 0.6 and 0.7 reload with other logits (5e-5 to 8e-4 apart), 0.13 and 0.15 with an
+# error; since 0.16 PEFT no longer targets modules inside modules_to_save.
+FIRST_MENDED = (0, 16)
+
+
+def cannot_reload_overlap(peft_version: str) -> bool:
+    """Say whether this PEFT release cannot load an adapter with AdaLoRA layers inside a ``modules_to_save`` copy."""
+    numbers = re.match(r"(\d+)\.(\d+)", peft_version)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < FIRST_MENDED
+
+
+def warn_of_overlap(memory: Memory, modules: Iterable[str]) -> None:
+    """Warn once per allocator where these modules (inside ``modules_to_save``) will not load again."""
+    import peft
+
+    if cannot_reload_overlap(peft.__version__):
+        memory.warn_once(
+            "overlap",
+            "These modules are targeted by AdaLoRA and lie inside modules_to_save: %s. Training and saving work, but PEFT "
+            "%s cannot load the saved adapter again as it was (wrong logits, or an error). Narrow target_modules so that "
+            "it leaves them out, or use PEFT 0.16 or later.",
+            ", ".join(sorted(modules)),
+            peft.__version__,
+        )

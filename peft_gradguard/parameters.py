@@ -1,0 +1,113 @@
+"""What the guard knows of parameters: names, triplets, skip reasons, usable gradients.
+
+Pure functions on names and parameters; nothing here touches PEFT or keeps a parameter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable
+
+    import torch
+
+Factor = Literal["A", "B", "E"]
+SkipReason = Literal["frozen", "no gradient", "inside modules_to_save"]
+
+FROZEN: SkipReason = "frozen"
+NO_GRADIENT: SkipReason = "no gradient"
+INSIDE_MODULES_TO_SAVE: SkipReason = "inside modules_to_save"
+
+
+class AdaLoraParameter(NamedTuple):
+    """One factor of one triplet: its name in the model, the parameter, the module it adapts, and which factor it is.
+
+    Shapes (AdaLoRA paper, section 3.1; ``r`` ranks): A is ``(r, in_features)``, B ``(out_features, r)``, E ``(r, 1)``.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    module: str
+    factor: Factor
+
+
+class Triplet(NamedTuple):
+    """The A, B and E of one module. Pruning rank ``i`` zeroes row ``i`` of E."""
+
+    A: AdaLoraParameter
+    B: AdaLoraParameter
+    E: AdaLoraParameter
+
+
+def adalora_parameters(model: torch.nn.Module, adapter: str) -> list[AdaLoraParameter]:
+    """Return the AdaLoRA parameters of ``adapter``, in the model's own order, by one walk over ``named_parameters``.
+
+    The adapter's name is matched exactly. PEFT's own test (``adapter_name in name``) takes the parameters of an adapter
+    ``default_eval`` for those of ``default``.
+    """
+    suffixes = tuple(f".lora_{factor}.{adapter}" for factor in "ABE")
+    width = len(suffixes[0])
+    return [
+        AdaLoraParameter(name, parameter, name[:-width], name[6 - width])  # type: ignore[arg-type]
+        for name, parameter in model.named_parameters()
+        if name.endswith(suffixes)
+    ]
+
+
+def deepspeed_holds_gradient(parameter: torch.nn.Parameter) -> bool:
+    """Say whether DeepSpeed owns the gradient of this trainable parameter, so that ``p.grad`` is always None.
+
+    ZeRO 1 and 2 mark such a parameter with ``_hp_mapping`` (which may itself be None on a rank, hence the test for its
+    presence), ZeRO 3 with ``ds_id``. ``safe_get_full_grad`` would tell too, but it is a collective.
+    """
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+
+
+def skip_reason(parameter: torch.nn.Parameter) -> SkipReason | None:
+    """Return why this parameter cannot be scored at this step, or None where its gradient is usable."""
+    if not parameter.requires_grad:
+        return FROZEN
+    if parameter.grad is None and not deepspeed_holds_gradient(parameter):
+        return NO_GRADIENT
+    return None
+
+
+def triplets(parameters: Iterable[AdaLoraParameter]) -> list[Triplet]:
+    """Group parameters into triplets, in the order in which the model first names each module."""
+    modules: dict[str, dict[Factor, AdaLoraParameter]] = {}
+    for parameter in parameters:
+        modules.setdefault(parameter.module, {})[parameter.factor] = parameter
+    return [Triplet(**factors) for factors in modules.values() if len(factors) == 3]
+
+
+def modules_inside_modules_to_save(modules: Iterable[str]) -> set[str]:
+    """Return those of the modules that lie inside a ``modules_to_save`` copy, or inside the original that it copies.
+
+    PEFT (``ModulesToSaveWrapper``) keeps the untouched module as ``original_module`` beside the trained copies in
+    ``modules_to_save``, and saves only the copies, whole.
+    """
+    modules = list(modules)
+    inside = {module for module in modules if ".modules_to_save." in f".{module}."}
+    originals = tuple(f"{module.split('modules_to_save.')[0]}original_module" for module in inside)
+    if originals:
+        inside.update(m for m in modules if any(m == o or m.startswith(f"{o}.") for o in originals))
+    return inside
+
+
+def takes_part(parameter: AdaLoraParameter, scored: Container[str]) -> bool:
+    """Say whether this part of a triplet counts in ranking: it is trainable, and it has been scored."""
+    return parameter.parameter.requires_grad and parameter.name in scored
+
+
+def ranked_triplets(parameters: Iterable[AdaLoraParameter], scored: Container[str]) -> list[Triplet]:
+    """Return the triplets that take part in budget and mask: E trainable and scored, A or B too, not in a saved copy."""
+    every = triplets(parameters)
+    saved = modules_inside_modules_to_save(triplet.E.module for triplet in every)
+    return [
+        triplet
+        for triplet in every
+        if triplet.E.module not in saved
+        and takes_part(triplet.E, scored)
+        and (takes_part(triplet.A, scored) or takes_part(triplet.B, scored))
+    ]

@@ -1,0 +1,49 @@
+"""From the environment to settings: the one place that reads ``PEFT_GRADGUARD``.
+
+Imports nothing that an interpreter has not already loaded, because start-up code uses it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SWITCH = "PEFT_GRADGUARD"
+ON = ("1", "true", "yes", "on")
+OFF = ("0", "false", "no", "off")
+
+
+def read_switch(environ: Mapping[str, str] = os.environ) -> bool | None:
+    """Return what ``PEFT_GRADGUARD`` asks for: True, False, or None where the default applies.
+
+    Case and surrounding blanks do not matter; an empty value counts as unset. A value that is neither on nor off gives
+    a ``RuntimeWarning`` that names the accepted ones, and None.
+    """
+    value = environ.get(SWITCH, "").strip().lower()
+    if value in ON:
+        return True
+    if value in OFF:
+        return False
+    if value:
+        warn(
+            f"{SWITCH}={environ[SWITCH]!r} is not understood and is ignored: set it to one of "
+            f"{', '.join(ON)} (guard on) or {', '.join(OFF)} (guard off), in any case."
+        )
+    return None
+
+
+def warn(message: str) -> None:
+    """Give a ``RuntimeWarning``; where warnings are errors (``python -W error``), write to stderr instead.
+
+    The guard runs inside somebody else's start-up: it may speak there, but must not stop the program.
+    """
+    import warnings
+
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    except RuntimeWarning:
+        print(f"peft_gradguard: {message}", file=sys.stderr)

@@ -1,0 +1,78 @@
+"""What was left out, said once: the guard's memory of an allocator, and its one logger."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft.tuners.adalora import RankAllocator
+
+    from .parameters import SkipReason
+    from .view import ModelView
+
+logger = logging.getLogger("peft_gradguard")
+
+
+class Memory:
+    """What the guard remembers of one allocator: what it has said, and the call under way. Holds no parameter."""
+
+    def __init__(self, adapter: str) -> None:
+        self.adapter = adapter
+        self.step: int | None = None
+        """The ``global_step`` of the ``update_and_allocate`` under way; None outside one."""
+        self.view: ModelView | None = None
+        """The view made for the ``update_and_allocate`` under way; None outside one."""
+        self._said: set[str] = set()
+
+    def skip(self, name: str, reason: SkipReason) -> None:
+        """Log that a parameter is left out; only the first time for each name."""
+        if name in self._said:
+            return
+        self._said.add(name)
+        logger.log(
+            said_level(),
+            "%s is left out of AdaLoRA's %s: %s (adapter %r, step %s). It is said once for each parameter.",
+            name,
+            "ranking" if reason == "inside modules_to_save" else "scoring",
+            reason,
+            self.adapter,
+            "unknown" if self.step is None else self.step,
+            extra={"parameter": name, "reason": reason, "adapter": self.adapter, "step": self.step},
+        )
+
+    def warn_once(self, topic: str, message: str, *args: Any) -> None:
+        """Log a warning about the training as a whole; only the first time for each topic."""
+        key = f"<{topic}>"
+        if key not in self._said:
+            self._said.add(key)
+            logger.log(said_level(), message, *args)
+
+
+_memories: weakref.WeakKeyDictionary[RankAllocator, Memory] = weakref.WeakKeyDictionary()
+
+
+def memory_of(allocator: RankAllocator) -> Memory:
+    """Return the memory of this allocator; it goes away with the allocator."""
+    memory = _memories.get(allocator)
+    if memory is None:
+        memory = _memories.setdefault(allocator, Memory(allocator.adapter_name))
+    return memory
+
+
+def said_level() -> int:
+    """WARNING on the first process of a distributed run and outside of one, DEBUG on the others."""
+    return logging.DEBUG if distributed_rank() else logging.WARNING
+
+
+def distributed_rank() -> int:
+    """Return this process' rank: torch.distributed's where it is initialised, else the launcher's ``RANK``, else 0."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        rank: int = distributed.get_rank()
+        return rank
+    rank_text = os.environ.get("RANK", "")
+    return int(rank_text) if rank_text.isdecimal() else 0

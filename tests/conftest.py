@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+os.environ.pop("PEFT_GRADGUARD", None)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def assert_unguarded() -> None:
+    assert not [name for name in sys.modules if name.startswith("peft_gradguard")]
+
+
+def call_unguarded(function: Callable[..., Any], *args: Any) -> Any:
+    result = function(*args)
+    assert_unguarded()
+    return result
+
+
+@pytest.fixture(scope="session")
+def plain() -> Iterator[Callable[..., Any]]:
+    """Call a function in a process that never imports the guard: ``plain(function, *args)``."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=assert_unguarded) as pool:
+        yield lambda function, *args: pool.submit(call_unguarded, function, *args).result()
