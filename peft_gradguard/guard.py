@@ -47,7 +47,7 @@ def update_and_allocate(
 
 
 def update_ipt(wrapped: Callable[..., None], allocator: RankAllocator, args: Arguments, kwargs: Keywords) -> None:
-    """Score exactly the parameters with a usable gradient (``RankAllocator.update_ipt``); the others keep their scores."""
+    """Score just the parameters with a usable gradient (``RankAllocator.update_ipt``); the others keep their scores."""
 
     def guarded(model: torch.nn.Module) -> None:
         view = _view(allocator, model)
@@ -125,7 +125,7 @@ def _call(allocator: RankAllocator, model: torch.nn.Module, step: int) -> Iterat
 
 
 def _view(allocator: RankAllocator, model: torch.nn.Module) -> ModelView:
-    return model if type(model) is ModelView else ModelView(model, allocator.adapter_name)
+    return model if isinstance(model, ModelView) else ModelView(model, allocator.adapter_name)
 
 
 def _rank(allocator: RankAllocator, view: ModelView) -> list[Triplet]:
@@ -134,9 +134,9 @@ def _rank(allocator: RankAllocator, view: ModelView) -> list[Triplet]:
     ranked = ranked_triplets(view.adalora_parameters, scored)
     _log_modules_to_save(allocator, view)
     # Once PEFT has forgotten all scores (reset_ipt, at the finalising step) nothing says that the set has changed.
-    if scored and sorted(_budget_name(triplet) for triplet in ranked) != allocator.name_set:
+    if scored and sorted(_budget_name(triplet) for triplet in ranked) != list(allocator.name_set):
         view.show(triplet.A for triplet in ranked)
-        allocator._set_budget_scheduler(view)
+        allocator._set_budget_scheduler(view)  # type: ignore[no-untyped-call]
     view.show(part for triplet in ranked for part in triplet if takes_part(part, scored))
     return ranked
 
@@ -171,7 +171,7 @@ def _nothing_to_score(allocator: RankAllocator, reasons: dict[str, SkipReason | 
         raise NoGradientError(
             f"update_and_allocate was given a model without AdaLoRA parameters {at}: no parameter's name ends with "
             f"'.lora_A.{allocator.adapter_name}', '.lora_B.{allocator.adapter_name}' or "
-            f"'.lora_E.{allocator.adapter_name}'. Was the adapter deleted, merged and unloaded, or is this another model?"
+            f"'.lora_E.{allocator.adapter_name}'. Was the adapter deleted or merged and unloaded?"
         )
     if all(reason == FROZEN for reason in reasons.values()):
         if not allocator.exp_avg_ipt:
@@ -203,8 +203,8 @@ def _name_missed_finalising_step(allocator: RankAllocator, rank_pattern: RankPat
         config = allocator.peft_config
         memory_of(allocator).warn_once(
             "finalising step missed",
-            "update_and_allocate was never called with step %d (total_step - tfinal), at which AdaLoRA settles the final "
-            "ranks (adapter %r). %s Call it with every optimizer step, or let total_step - tfinal be a step that is called.",
+            "update_and_allocate was never called with step %d (total_step - tfinal), at which AdaLoRA settles the "
+            "final ranks (adapter %r). %s Call it at every optimizer step.",
             config.total_step - config.tfinal,
             allocator.adapter_name,
             "The pattern of the last masking step stays in force." if rank_pattern else "So no rank is pruned at all.",

@@ -47,7 +47,7 @@ _registering = threading.local()
 
 
 def enable() -> None:
-    """Switch the guard on, now if PEFT is imported, else as soon as it is. Idempotent, and imports neither PEFT nor torch.
+    """Switch the guard on: now if PEFT is imported, else as soon as it is. Idempotent; imports neither PEFT nor torch.
 
     A PEFT whose ``RankAllocator`` does not look as expected is left untouched, and a WARNING on logger
     ``peft_gradguard`` says so.

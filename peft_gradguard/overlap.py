@@ -28,9 +28,9 @@ def warn_of_overlap(memory: Memory, modules: Iterable[str]) -> None:
     if cannot_reload_overlap(peft.__version__):
         memory.warn_once(
             "overlap",
-            "These modules are targeted by AdaLoRA and lie inside modules_to_save: %s. Training and saving work, but PEFT "
-            "%s cannot load the saved adapter again as it was (wrong logits, or an error). Narrow target_modules so that "
-            "it leaves them out, or use PEFT 0.16 or later.",
+            "These modules are targeted by AdaLoRA and lie inside modules_to_save: %s. Training and saving work, but "
+            "PEFT %s cannot load the saved adapter again as it was (wrong logits, or an error). Narrow target_modules "
+            "so that it leaves them out, or use PEFT 0.16 or later.",
             ", ".join(sorted(modules)),
             peft.__version__,
         )

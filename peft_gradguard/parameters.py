@@ -101,7 +101,7 @@ def takes_part(parameter: AdaLoraParameter, scored: Container[str]) -> bool:
 
 
 def ranked_triplets(parameters: Iterable[AdaLoraParameter], scored: Container[str]) -> list[Triplet]:
-    """Return the triplets that take part in budget and mask: E trainable and scored, A or B too, not in a saved copy."""
+    """Return the triplets in budget and mask: E is trainable and scored, A or B too, and not in a saved copy."""
     every = triplets(parameters)
     saved = modules_inside_modules_to_save(triplet.E.module for triplet in every)
     return [

@@ -62,8 +62,7 @@ def test_ranks_come_down_to_the_target(name: str, guarded: Callable[[str], tuple
     assert final
     assert sum(sum(mask) for mask in final.values()) == TARGET_R * len(final)
     assert outcome.budgets[-1] == (TARGET_R * len(final), INIT_R * len(final), TARGET_R * len(final))
-    masking_steps = [after for before, after in zip(outcome.patterns, outcome.patterns[1:]) if after is not before]
-    assert len(masking_steps) >= 4
+    assert len({id(pattern) for pattern in outcome.patterns if pattern is not None}) >= 4, "several masking steps"
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

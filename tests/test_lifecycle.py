@@ -1,0 +1,299 @@
+"""When and how the guard gets on and off: every order of imports, threads, children, values of the switch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROLOGUE = """
+import json, logging, sys, threading, multiprocessing
+
+METHODS = ["update_ipt", "update_and_allocate", "budget_schedule", "mask_to_budget", "mask_using_rank_pattern"]
+
+def wrappers():
+    'How many of our wrappers each method carries.'
+    from peft.tuners.adalora import RankAllocator
+    counts = []
+    for name in METHODS:
+        count, method = 0, vars(RankAllocator)[name]
+        while method is not None:
+            count += type(method).__module__ == "peft_gradguard.hooks"
+            method = getattr(method, "__wrapped__", None)
+        counts.append(count)
+    return counts
+
+def survives():
+    'Whether an allocator step with a frozen parameter works.'
+    import torch
+    from peft import AdaLoraConfig
+    from peft.tuners.adalora import RankAllocator
+    model = torch.nn.Module()
+    model.layer = torch.nn.Module()
+    for factor, shape in (("A", (2, 3)), ("B", (3, 2)), ("E", (2, 1))):
+        parameter = torch.nn.Parameter(torch.ones(shape), requires_grad=factor != "A")
+        parameter.grad = torch.ones(shape) if factor != "A" else None
+        setattr(model.layer, f"lora_{factor}", torch.nn.ParameterDict({"default": parameter}))
+    config = AdaLoraConfig(init_r=2, target_r=1, tinit=1, tfinal=1, total_step=9, target_modules=["layer"])
+    logging.disable()
+    try:
+        RankAllocator(model, config, "default").update_and_allocate(model, 1)
+    except TypeError:
+        return False
+    finally:
+        logging.disable(logging.NOTSET)
+    return True
+
+def in_fork(function, *args):
+    'Run in a forked child: torch is loaded once, here, and peft anew in each child.'
+    receive, send = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=lambda: send.send(function(*args)))
+    child.start()
+    send.close()
+    result = receive.recv()
+    child.join()
+    return result
+"""
+
+
+def run(command: list[str], path: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that sees the same packages as this process, with ``path`` before them."""
+    places = [*([str(path)] if path else []), *sys.path[1:]]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(places), **environ}
+    found = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    return found
+
+
+def python(body: str, *options: str, path: Path | None = None, **environ: str) -> tuple[Any, str]:
+    """Run a program in a fresh interpreter; return what it printed last, which is JSON, and its standard error."""
+    found = run([sys.executable, *options, "-c", PROLOGUE + textwrap.dedent(body)], path, **environ)
+    return json.loads(found.stdout.splitlines()[-1]), found.stderr
+
+
+def test_import_loads_neither_torch_nor_peft() -> None:
+    loaded, _ = python("""
+        import peft_gradguard
+        print(json.dumps(sorted({"torch", "peft", "transformers", "numpy"} & set(sys.modules))))
+    """)
+    assert loaded == []
+
+
+ORDERS = [
+    order
+    for order in itertools.permutations(["peft", "guard", "enable", "disable"])
+    if order.index("guard") < min(order.index("enable"), order.index("disable"))
+]
+
+
+@pytest.mark.peft
+def test_every_order_of_imports_and_switching_twice_over() -> None:
+    results, _ = python(
+        """
+        import torch, transformers
+
+        def run(order):
+            for action in [*order, *order]:
+                if action == "peft":
+                    import peft.tuners.adalora
+                elif action == "guard":
+                    import peft_gradguard
+                else:
+                    getattr(peft_gradguard, action)()
+            return peft_gradguard.is_enabled(), wrappers(), survives()
+
+        print(json.dumps([in_fork(run, order) for order in json.loads(sys.argv[1])]))
+        """.replace("sys.argv[1]", repr(json.dumps(ORDERS)))
+    )
+    assert len(results) == len(ORDERS) == 8
+    for order, (enabled, counts, survived) in zip(ORDERS, results, strict=True):
+        expected = order.index("enable") > order.index("disable")
+        assert (enabled, survived) == (expected, expected), order
+        assert counts == [1] * 5, order
+
+
+def test_two_threads_at_once() -> None:
+    results, _ = python("""
+        import torch, transformers
+
+        def run(*bodies):
+            barrier = threading.Barrier(len(bodies))
+
+            def start(body):
+                barrier.wait()
+                exec(body)
+
+            threads = [threading.Thread(target=start, args=(body,)) for body in bodies]
+            [thread.start() for thread in threads]
+            [thread.join(60) for thread in threads]
+            assert not any(thread.is_alive() for thread in threads)
+            return wrappers(), survives()
+
+        late = "import time; time.sleep(%s); import peft_gradguard"
+        pairs = [
+            ("import peft", "import peft_gradguard"),
+            *(("import peft", late % wait) for wait in (0.2, 0.5, 0.8)),
+            ("import peft_gradguard, peft", "import peft_gradguard, peft"),
+            ("import peft_gradguard as g; g.enable()", "import peft, peft_gradguard as g; g.enable()"),
+        ]
+        print(json.dumps([in_fork(run, *pair) for pair in pairs]))
+    """)
+    assert results == [[[1] * 5, True]] * 6
+
+
+@pytest.mark.peft
+def test_forked_child_is_guarded_too() -> None:
+    results, _ = python("""
+        import peft_gradguard, peft
+        print(json.dumps([in_fork(wrappers), in_fork(survives)]))
+    """)
+    assert results == [[1] * 5, True]
+
+
+def test_spawned_child_that_imports_the_guard_is_guarded(tmp_path: Path) -> None:
+    (tmp_path / "train_like_script.py").write_text(
+        PROLOGUE
+        + textwrap.dedent("""
+            import peft_gradguard
+
+            if __name__ == "__main__":
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    print(json.dumps([pool.apply(wrappers), pool.apply(survives)]))
+        """)
+    )
+    found = run([sys.executable, str(tmp_path / "train_like_script.py")])
+    assert json.loads(found.stdout.splitlines()[-1]) == [[1] * 5, True]
+
+
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [
+        *((value, True) for value in ("1", "true", "yes", "on", "TRUE", "Yes", " on ", "", None)),
+        *((value, False) for value in ("0", "false", "no", "off", "FALSE", "No", " Off ")),
+    ],
+)
+def test_switch_in_the_environment(value: str | None, on: bool) -> None:
+    body = """
+        import peft_gradguard, wrapt.importer
+        registered = "peft.tuners.adalora" in wrapt.importer._post_import_hooks
+        print(json.dumps([peft_gradguard.is_enabled(), registered]))
+    """
+    state, stderr = python(body, **({} if value is None else {"PEFT_GRADGUARD": value}))
+    assert state == [on, on]
+    assert stderr == ""
+
+
+def test_nonsense_in_the_switch_is_named_and_the_default_applies() -> None:
+    body = "import peft_gradguard\nprint(json.dumps(peft_gradguard.is_enabled()))"
+    enabled, stderr = python(body, PEFT_GRADGUARD="maybe")
+    assert enabled
+    assert "RuntimeWarning: PEFT_GRADGUARD='maybe' is not understood" in stderr
+    assert "1, true, yes, on" in stderr
+    assert "0, false, no, off" in stderr
+
+
+def test_nonsense_in_the_switch_does_not_stop_a_program_whose_warnings_are_errors() -> None:
+    body = "import peft_gradguard\nprint(json.dumps(peft_gradguard.is_enabled()))"
+    enabled, stderr = python(body, "-W", "error::RuntimeWarning", PEFT_GRADGUARD="maybe")
+    assert enabled
+    assert "peft_gradguard: PEFT_GRADGUARD='maybe' is not understood" in stderr
+
+
+@pytest.mark.peft
+def test_switched_off_in_the_environment_wraps_nothing_until_enabled() -> None:
+    results, _ = python(
+        """
+        import peft_gradguard, peft
+        before = wrappers(), survives()
+        peft_gradguard.enable()
+        print(json.dumps([before, [wrappers(), survives()]]))
+        """,
+        PEFT_GRADGUARD="off",
+    )
+    assert results == [[[0] * 5, False], [[1] * 5, True]]
+
+
+def test_disabled_block_gives_back_what_was_before() -> None:
+    states, _ = python("""
+        import peft_gradguard as guard
+        states = [guard.is_enabled()]
+        with guard.disabled():
+            states.append(guard.is_enabled())
+            with guard.disabled():
+                pass
+            states.append(guard.is_enabled())
+        states.append(guard.is_enabled())
+        guard.disable()
+        try:
+            with guard.disabled():
+                1 / 0
+        except ZeroDivisionError:
+            states.append(guard.is_enabled())
+        print(json.dumps(states))
+    """)
+    assert states == [True, False, False, True, False]
+
+
+ODD_PEFTS = {
+    "no RankAllocator": ("", "has no class RankAllocator"),
+    "method gone": ("class RankAllocator:\n    pass\n", "RankAllocator has no method update_ipt"),
+    "other arguments": (
+        "class RankAllocator:\n    def update_ipt(self, model, step):\n        pass\n",
+        "RankAllocator.update_ipt(self, model, step) does not take (self, model)",
+    ),
+    "class that cannot be looked at": (
+        "class Meta(type):\n    def __getattribute__(cls, name):\n        raise OSError(name)\n"
+        "class RankAllocator(metaclass=Meta):\n    pass\n",
+        "could not be applied",
+    ),
+}
+
+
+@pytest.mark.parametrize("imports", ["peft_gradguard, peft.tuners.adalora", "peft.tuners.adalora, peft_gradguard"])
+@pytest.mark.parametrize("kind", ODD_PEFTS)
+def test_peft_that_does_not_fit_is_left_untouched(kind: str, imports: str, tmp_path: Path) -> None:
+    source, complaint = ODD_PEFTS[kind]
+    package = tmp_path / "peft" / "tuners"
+    package.mkdir(parents=True)
+    (tmp_path / "peft" / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / "adalora.py").write_text(source)
+    body = f"""
+        import {imports}
+        peft_gradguard.enable()
+        names = dict(vars(type)["__dict__"].__get__(getattr(peft.tuners.adalora, "RankAllocator", object)))
+        print(json.dumps([n for n, v in names.items() if type(v).__module__ == "peft_gradguard.hooks"]))
+    """
+    wrapped, stderr = python(body, path=tmp_path)
+    assert wrapped == []
+    assert complaint in stderr
+    assert "AdaLoRA runs unguarded" in stderr
+
+
+@pytest.mark.peft
+def test_somebody_elses_wrapper_above_or_beneath_stays() -> None:
+    results, _ = python("""
+        import wrapt, peft
+        from peft.tuners.adalora import RankAllocator
+        seen = []
+
+        def observe(wrapped, instance, args, kwargs):
+            seen.append(1)
+            return wrapped(*args, **kwargs)
+
+        wrapt.wrap_function_wrapper(RankAllocator, "update_ipt", observe)
+        import peft_gradguard
+        wrapt.wrap_function_wrapper(RankAllocator, "update_ipt", observe)
+        peft_gradguard.enable()
+        print(json.dumps([wrappers(), survives(), len(seen)]))
+    """)
+    assert results == [[1] * 5, True, 2]
