@@ -1,4 +1,4 @@
-"""What the guard knows of parameters: names, triplets, skip reasons, usable gradients.
+"""What the guard knows of parameters: names, triplets, skip reasons.
 
 Pure functions on names and parameters; nothing here touches PEFT or keeps a parameter.
 """
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 Factor = Literal["A", "B", "E"]
-SkipReason = Literal["frozen", "no gradient", "inside modules_to_save"]
+SkipReason = Literal["frozen", "no gradient", "non-finite gradient", "inside modules_to_save"]
 
 FROZEN: SkipReason = "frozen"
 NO_GRADIENT: SkipReason = "no gradient"
+NON_FINITE: SkipReason = "non-finite gradient"
 INSIDE_MODULES_TO_SAVE: SkipReason = "inside modules_to_save"
 
 
@@ -62,15 +63,6 @@ def deepspeed_holds_gradient(parameter: torch.nn.Parameter) -> bool:
     presence), ZeRO 3 with ``ds_id``. ``safe_get_full_grad`` would tell too, but it is a collective.
     """
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
-
-
-def skip_reason(parameter: torch.nn.Parameter) -> SkipReason | None:
-    """Return why this parameter cannot be scored at this step, or None where its gradient is usable."""
-    if not parameter.requires_grad:
-        return FROZEN
-    if parameter.grad is None and not deepspeed_holds_gradient(parameter):
-        return NO_GRADIENT
-    return None
 
 
 def triplets(parameters: Iterable[AdaLoraParameter]) -> list[Triplet]:

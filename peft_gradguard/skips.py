@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
 
+    from .late import KeptGradients
     from .parameters import SkipReason
     from .view import ModelView
 
@@ -18,7 +19,7 @@ logger = logging.getLogger("peft_gradguard")
 
 
 class Memory:
-    """What the guard remembers of one allocator: what it has said, and the call under way. Holds no parameter."""
+    """What the guard remembers of one allocator: what it has said, and the call under way. Keeps no model alive."""
 
     def __init__(self, adapter: str) -> None:
         self.adapter = adapter
@@ -26,6 +27,8 @@ class Memory:
         """The ``global_step`` of the ``update_and_allocate`` under way; None outside one."""
         self.view: ModelView | None = None
         """The view made for the ``update_and_allocate`` under way; None outside one."""
+        self.kept: KeptGradients | None = None
+        """The gradients kept for calls that come after ``zero_grad``; None as long as there was no such call."""
         self._said: set[str] = set()
 
     def skip(self, name: str, reason: SkipReason) -> None:

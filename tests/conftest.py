@@ -25,6 +25,14 @@ def call_unguarded(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
+@pytest.fixture(scope="session", autouse=True)
+def guard() -> None:
+    """Switch the guard on in the tests' own process. Not at the top: the worker process imports this file too."""
+    import peft_gradguard
+
+    assert peft_gradguard.is_enabled()
+
+
 @pytest.fixture(scope="session")
 def plain() -> Iterator[Callable[..., Any]]:
     """Call a function in a process that never imports the guard: ``plain(function, *args)``."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peft_gradguard.gradients import skip_reason
 from peft_gradguard.overlap import cannot_reload_overlap
-from peft_gradguard.parameters import adalora_parameters, modules_inside_modules_to_save, skip_reason
+from peft_gradguard.parameters import adalora_parameters, modules_inside_modules_to_save
 
 
 class Named(torch.nn.Module):

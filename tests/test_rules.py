@@ -280,8 +280,12 @@ def test_model_without_adalora_is_named(model: peft.PeftModel) -> None:
 
 
 def test_failed_call_leaves_no_trace(model: peft.PeftModel, records: list[logging.LogRecord]) -> None:
+    requires_grad = [parameter for parameter in model.base_model.model.parameters() if parameter.requires_grad]
+    frozen()(model, 0)
     with pytest.raises(peft_gradguard.NoGradientError):
         model.base_model.update_and_allocate(1)
+    for parameter in requires_grad:
+        parameter.requires_grad = True
     advance(model, 1)
     assert len(model.base_model.rankallocator.exp_avg_ipt) == 12
     assert records == []

@@ -1,0 +1,117 @@
+"""Which parameters PEFT scores at this step; where there are none, the broken training loop is named or rescued."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from .errors import NoGradientError
+from .gradients import step_gradients
+from .late import CAUSES, KeptGradients
+from .parameters import FROZEN, NON_FINITE
+from .skips import memory_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft.tuners.adalora import RankAllocator
+
+    from .gradients import StepGradients
+    from .parameters import SkipReason
+    from .skips import Memory
+    from .view import ModelView
+
+
+def scoring_is_due(allocator: RankAllocator, step: int) -> bool:
+    """Say whether ``RankAllocator.update_and_allocate`` scores at this step: before the finalising one."""
+    config = allocator.peft_config
+    return bool(step < config.total_step - config.tfinal)
+
+
+@contextmanager
+def scoring(allocator: RankAllocator, view: ModelView) -> Iterator[bool]:
+    """Show PEFT just the parameters with a usable gradient, and give whether there are any."""
+    memory = memory_of(allocator)
+    parameters = view.adalora_parameters
+    with memory.kept.lent(parameters) if memory.kept else nullcontext():
+        gradients = step_gradients(parameters)
+        usable = [parameter for parameter in parameters if gradients.reasons[parameter.name] is None]
+        if usable:
+            _log_skips(memory, gradients.reasons)
+        else:
+            _nothing_to_score(allocator, memory, view, gradients)
+        view.show(usable)
+        yield bool(usable)
+    if memory.kept:
+        memory.kept.watch(parameters, backward=not allocator.exp_avg_ipt)
+
+
+def stop_keeping_gradients(allocator: RankAllocator) -> None:
+    """Let go of what was kept for late calls: from the finalising step on nothing is scored."""
+    memory = memory_of(allocator)
+    if memory.kept:
+        memory.kept.close()
+        memory.kept = None
+
+
+def _log_skips(memory: Memory, reasons: dict[str, SkipReason | None]) -> None:
+    for name, reason in reasons.items():
+        if reason is not None:
+            memory.skip(name, reason)
+
+
+def _nothing_to_score(allocator: RankAllocator, memory: Memory, view: ModelView, gradients: StepGradients) -> None:
+    reasons = gradients.reasons
+    at = f"(adapter {allocator.adapter_name!r}, step {'unknown' if memory.step is None else memory.step})"
+    if not reasons:
+        raise NoGradientError(
+            f"update_and_allocate was given a model without AdaLoRA parameters {at}: no parameter's name ends with "
+            f"'.lora_A.{allocator.adapter_name}', '.lora_B.{allocator.adapter_name}' or "
+            f"'.lora_E.{allocator.adapter_name}'. Was the adapter deleted or merged and unloaded?"
+        )
+    if all(reason == FROZEN for reason in reasons.values()):
+        _all_frozen(allocator, memory, reasons, at)
+    elif NON_FINITE in reasons.values():
+        _log_skips(memory, reasons)
+    else:
+        _late_call(allocator, memory, view, gradients, at)
+
+
+def _all_frozen(allocator: RankAllocator, memory: Memory, reasons: dict[str, SkipReason | None], at: str) -> None:
+    if not allocator.exp_avg_ipt:
+        raise NoGradientError(
+            f"All {len(reasons)} AdaLoRA parameters are frozen (requires_grad is False) and none was ever scored {at}, "
+            f"so AdaLoRA has nothing to train. Set requires_grad of those that shall train (for example "
+            f"model.set_adapter({allocator.adapter_name!r})), or leave out the call of update_and_allocate."
+        )
+    _log_skips(memory, reasons)
+    memory.warn_once(
+        "all frozen",
+        "All %d AdaLoRA parameters are frozen %s: nothing is scored or pruned, and the scores stay as they are, until "
+        "some of them are trainable again.",
+        len(reasons),
+        at,
+    )
+
+
+def _late_call(allocator: RankAllocator, memory: Memory, view: ModelView, gradients: StepGradients, at: str) -> None:
+    """Take the call to come after ``zero_grad``: keep gradients from now on, or give up where that has not helped."""
+    kept = memory.kept
+    found = "only gradients that are exactly zero" if gradients.zeroed else "no gradient"
+    if kept is None:
+        kept = memory.kept = KeptGradients(view.adalora_parameters)
+        memory.warn_once(
+            "late call",
+            "The %d AdaLoRA parameters have %s %s, so this step scores nothing. %s From now on peft_gradguard keeps "
+            "each optimizer step's gradients until update_and_allocate has used them.",
+            len(gradients.reasons),
+            found,
+            at,
+            CAUSES,
+        )
+    elif not (allocator.exp_avg_ipt or kept.step_was_left_out() or (gradients.zeroed and not kept.copies)):
+        raise NoGradientError(
+            f"The {len(gradients.reasons)} AdaLoRA parameters have {found} {at}, at the second call in a row, and none "
+            f"was ever scored. {CAUSES}"
+        )
+    kept.copies |= gradients.zeroed

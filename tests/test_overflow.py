@@ -1,0 +1,126 @@
+"""Steps with NaN or inf in gradients: left out where they occur, instead of poisoning scores for good."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from scenarios import FINALISING, PEFT_VERSION, TARGET_R, TOTAL, Outcome, branches, build, loss_of, train, vectors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import peft
+
+pytestmark = pytest.mark.peft
+
+EARLY, MIDDLE, MASKING = 1, 7, 8
+POISON = {"inf": float("inf"), "nan": float("nan"), "-inf": float("-inf")}
+
+
+def poison(model: peft.PeftModel, value: float, part: str = "", one: bool = False) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and ".lora_" in name and part in name:
+            parameter.grad.view(-1)[: 1 if one else None] = value
+
+
+def overflow_at(step: int, part: str = "", value: float = float("inf")) -> Any:
+    """A training in which the gradients of one step overflow after the optimizer step, so that weights stay finite."""
+
+    def allocate(model: peft.PeftModel, now: int) -> None:
+        if now == step:
+            poison(model, value, part)
+        model.base_model.update_and_allocate(now)
+
+    return branches(allocate=allocate, regularised=False)
+
+
+def train_overflow(step: int, part: str) -> Outcome:
+    return train(overflow_at(step, part))
+
+
+@pytest.mark.parametrize("step", [EARLY, MIDDLE, MASKING])
+@pytest.mark.parametrize("part", ["", "trunk"], ids=["all gradients", "some gradients"])
+def test_overflow_step_leaves_no_damage(step: int, part: str, plain: Callable[..., Any]) -> None:
+    outcome = train_overflow(step, part)
+    for scores in outcome.scores:
+        assert all(score.isfinite().all() for score in scores.values())
+    assert sum(map(sum, outcome.patterns[-1].values())) == TARGET_R * 4
+    spoilt = plain(train_overflow, step, part)
+    assert not all(score.isfinite().all() for score in spoilt.scores[step].values())
+    assert sum(map(sum, spoilt.patterns[-1].values())) > TARGET_R * 4
+
+
+@pytest.mark.parametrize("value", POISON.values(), ids=POISON)
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B", "lora_E"])
+def test_just_the_poisoned_parameter_is_skipped(value: float, factor: str) -> None:
+    model = build(branches())
+    allocator = model.base_model.rankallocator
+    for step in (1, 2):
+        loss_of(model, vectors(step), False).backward()
+        before = dict(allocator.exp_avg_ipt)
+        if step == 2:
+            poison(model, value, f"trunk.0.{factor}", one=True)
+        model.base_model.update_and_allocate(step)
+    kept = [name for name, score in allocator.exp_avg_ipt.items() if score is before[name]]
+    assert kept == [f"trunk.0.{factor}.default"]
+
+
+def test_overflow_of_everything_is_no_late_call(caplog: pytest.LogCaptureFixture) -> None:
+    model = build(branches())
+    for step in (1, 2, 3):
+        model.zero_grad()
+        loss_of(model, vectors(step), False).backward()
+        poison(model, float("nan"))
+        model.base_model.update_and_allocate(step)
+    assert model.base_model.rankallocator.exp_avg_ipt == {}
+    said = [record for record in caplog.records if record.name == "peft_gradguard"]
+    assert {(record.reason, record.step, record.levelno) for record in said} == {
+        ("non-finite gradient", 1, logging.WARNING)
+    }
+    assert len(said) == 12
+
+
+def test_run_under_a_grad_scaler_in_half_precision() -> None:
+    model = build(branches())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # float16 overflows at 65504: the scaler starts too high, as it does by default, and comes down.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    overflows = 0
+    for step in range(1, TOTAL + 1):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = loss_of(model, vectors(step), False)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        overflows += not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        scaler.step(optimizer)
+        model.base_model.update_and_allocate(step)
+        scaler.update()
+        optimizer.zero_grad()
+        assert all(score.isfinite().all() for score in model.base_model.rankallocator.exp_avg_ipt.values())
+    assert 1 <= overflows < FINALISING
+    pattern = model.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == TARGET_R * 4
+
+
+@pytest.mark.skipif(PEFT_VERSION < (0, 21), reason="no PEFT in it: once is enough")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_largest_magnitudes_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
+    # Not at the top: the worker process that imports this module must stay without the guard.
+    from peft_gradguard.gradients import largest_magnitudes
+
+    info = torch.finfo(dtype)
+    tensors = [
+        torch.full((300,), info.max, dtype=dtype),
+        torch.full((3, 4), -info.tiny, dtype=dtype),
+        torch.zeros(2, dtype=dtype),
+        torch.zeros(0, dtype=dtype),
+        torch.tensor([1.0, float("nan"), 2.0], dtype=dtype),
+        torch.tensor([1.0, -float("inf")], dtype=dtype),
+        torch.tensor([-3.0], dtype=torch.float32),
+    ]
+    large, tiny, zero, empty, nan, inf, other = largest_magnitudes(tensors)
+    assert (large, tiny, zero, empty, inf, other) == (info.max, info.tiny, 0, 0, float("inf"), 3)
+    assert nan != nan
