@@ -6,13 +6,22 @@ The import loads neither torch nor PEFT.
 
 from __future__ import annotations
 
+import os
+import sys
+
 from .errors import NoGradientError
-from .hooks import disable, disabled, enable, is_enabled
 from .settings import read_switch
 
 __version__ = "0.1.0"
 
 __all__ = ["NoGradientError", "__version__", "disable", "disabled", "enable", "is_enabled"]
 
-if read_switch() is not False:
-    enable()
+try:
+    from .hooks import disable, disabled, enable, is_enabled
+except Exception:
+    # wrapt is missing or broken. Our own command is there to say so in words; every other import fails here.
+    if not {"peft_gradguard", "peft-gradguard", "peft-gradguard.exe"} & set(map(os.path.basename, sys.orig_argv)):
+        raise
+else:
+    if read_switch() is not False:
+        enable()

@@ -89,6 +89,12 @@ def is_guarded(method: Any) -> bool:
     return False
 
 
+def apply_if_enabled(module: ModuleType) -> None:
+    """Wrap the methods of this ``peft.tuners.adalora`` where the guard is on: the hook that ``autowrapt`` registers."""
+    if is_enabled():
+        _apply(module)
+
+
 def _install() -> None:
     """Arrange that ``_apply`` sees the module when it is there, whoever imports it, and from whichever thread."""
     # wrapt calls the hook at once for a module that is in sys.modules, even if another thread is still executing it,

@@ -28,12 +28,18 @@ def read_switch(environ: Mapping[str, str] = os.environ) -> bool | None:
         return True
     if value in OFF:
         return False
-    if value:
+    if value and environ[SWITCH] != _warned_of_at_start():
         warn(
             f"{SWITCH}={environ[SWITCH]!r} is not understood and is ignored: set it to one of "
             f"{', '.join(ON)} (guard on) or {', '.join(OFF)} (guard off), in any case."
         )
     return None
+
+
+def _warned_of_at_start() -> str | None:
+    """Return the value that start-up code has warned of already."""
+    warned_of: str | None = getattr(sys.modules.get("_peft_gradguard_start"), "warned_of", None)
+    return warned_of
 
 
 def warn(message: str) -> None:

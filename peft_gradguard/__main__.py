@@ -1,0 +1,10 @@
+"""``python -m peft_gradguard``: the same as ``peft-gradguard``."""
+
+from __future__ import annotations
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

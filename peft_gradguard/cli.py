@@ -1,0 +1,98 @@
+"""The command ``peft-gradguard``: run a command under the guard, or say whether the guard is on.
+
+Imports neither the guard nor wrapt: ``status`` is there to say what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from .settings import SWITCH
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import NoReturn
+
+AUTOLOAD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "autoload")
+"""The folder whose ``sitecustomize`` loads the guard where the ``.pth`` file is not read."""
+
+CANNOT_RUN, NOT_FOUND = 126, 127
+"""The exit statuses of a shell."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for, and return the exit status."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.action == "run":
+        command = options.command[options.command[:1] == ["--"] :]
+        if not command:
+            parser.error("run: the command to run is missing")
+        return run(command, guarded_environment(os.environ))
+    from .status import report
+
+    return report(as_json=options.json)
+
+
+def guarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment in which every Python, and every Python that it starts, loads the guard."""
+    path = environ.get("PYTHONPATH", "")
+    folders = path.split(os.pathsep) if path else []
+    if AUTOLOAD not in folders:
+        folders.insert(0, AUTOLOAD)
+    return {**environ, SWITCH: "1", "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def run(command: list[str], environ: dict[str, str]) -> int:
+    """Become this command. Returns only where that is not possible."""
+    try:
+        _become(command, environ)
+    except FileNotFoundError:
+        return _fail(f"{command[0]}: command not found", NOT_FOUND)
+    except OSError as error:
+        return _fail(f"{command[0]}: {error.strerror}", CANNOT_RUN)
+
+
+def _become(command: list[str], environ: dict[str, str]) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "nt":
+        # There os.exec starts a second process, and the first one ends at once with status 0.
+        import subprocess
+
+        sys.exit(subprocess.run(command, env=environ).returncode)
+    # Python ignores these for itself, and what is ignored stays so in the command.
+    for name in ("SIGPIPE", "SIGXFSZ"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    os.execvpe(command[0], command, environ)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"peft-gradguard: {message}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft-gradguard", description=__doc__.partition("\n")[0] if __doc__ else None)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{run,status}")
+    run = actions.add_parser(
+        "run",
+        help="run a command with the guard on in it and in all that it starts",
+        usage="peft-gradguard run COMMAND [ARGUMENT ...]",
+        description="Run a command (python, torchrun, accelerate launch, pytest, ...) with the guard on, in it and in "
+        "all that it starts.",
+    )
+    run.add_argument("command", nargs="...", metavar="COMMAND [ARGUMENT ...]")
+    status = actions.add_parser(
+        "status",
+        help="say whether the guard is on for a Python started here, and why (not)",
+        description="Say whether the guard is on for a Python started here, and why (not). Exit status: 0 on, 1 off, "
+        "2 on but not applied.",
+    )
+    status.add_argument("--json", action="store_true", help="the same for programs, as one JSON object")
+    return parser
