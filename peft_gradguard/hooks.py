@@ -81,7 +81,8 @@ def is_guarded(method: Any) -> bool:
     """Say whether the guard's wrapper is in this chain of wrappers, at the top or beneath somebody else's."""
     while method is not None:
         # Not isinstance: a wrapt proxy answers with the class of what it wraps.
-        if type(method) is GuardWrapper:
+        # And what somebody else wraps may be the method bound to the class, which has the wrapper for its parent.
+        if GuardWrapper in (type(method), type(getattr(method, "_self_parent", None))):
             return True
         method = getattr(method, "__wrapped__", None)
     return False
