@@ -29,7 +29,7 @@ def require_gradients(allocator: RankAllocator, view: ModelView, at: str) -> Non
     ]
     if not owned:
         return
-    if not _holds_gradients(_optimizer_of(owned, view)):
+    if not _holds_gradients(_gradients_of(owned, view)):
         raise NoGradientError(
             f"DeepSpeed holds no gradient {at}: call update_and_allocate after the engine.backward of the last "
             "micro-batch and before engine.step, which frees the gradients; accelerate's (and so Trainer's) backward "
@@ -80,28 +80,30 @@ def _mask_fragment(fragment: torch.Tensor, keep: torch.Tensor) -> None:
         fragment.masked_fill_(~keep.to(fragment.device), 0.0)
 
 
-def _optimizer_of(owned: list[torch.nn.Parameter], view: ModelView) -> Any:
-    """Return DeepSpeed's optimizer, or None where nothing leads to it.
+def _gradients_of(owned: list[torch.nn.Parameter], view: ModelView) -> dict[int, Any] | None:
+    """Return DeepSpeed's gradients by parameter group, or None where nothing leads to them.
 
-    ZeRO 1 and 2 name it only on those parameters of which this process owns a piece: perhaps on none of the adapter's.
+    ZeRO 1 and 2 name them only on those parameters of which this process owns a piece: perhaps on none of the adapter's.
+    With the optimizer offloaded they are kept elsewhere, and stay there after the step.
     """
     for parameters in (owned, view.parameters()):
         for parameter in parameters:
-            for mark in ("_z3_optimizer", "_zero_optimizer"):
-                if hasattr(parameter, mark):
-                    return getattr(parameter, mark)
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                return None if mapping.use_offload else mapping.gradient_dict
+            optimizer = getattr(parameter, "_z3_optimizer", None)
+            if optimizer is not None:
+                return None if optimizer.offload_optimizer else optimizer.averaged_gradients
     return None
 
 
-def _holds_gradients(optimizer: Any) -> bool:
-    """Say whether there are gradients between ``engine.backward`` and ``engine.step``; True where it cannot be told.
+def _holds_gradients(gradients: dict[int, Any] | None) -> bool:
+    """Say whether this is between ``engine.backward`` and ``engine.step``; True where it cannot be told.
 
-    ``averaged_gradients`` is filled by the backward of the last micro-batch (ZeRO 3: of every one) and emptied by the
-    step, on all processes alike. With the optimizer offloaded it is never used.
+    The backward of the last micro-batch fills the groups (under ZeRO 3 every backward does), and the step empties all
+    of them, on all processes alike.
     """
-    offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
-    averaged = getattr(optimizer, "averaged_gradients", None)
-    return offloaded or averaged is None or any(gradients is not None for gradients in averaged.values())
+    return gradients is None or any(group is not None for group in gradients.values())
 
 
 def _peft_asks_deepspeed(allocator: RankAllocator) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 MODE, FOLDER, *ARGUMENTS = sys.argv[1:]
 GUARDED = MODE == "guard"
 RANK = int(os.environ["RANK"])
+
+# torchrun gives its workers a session of their own, so that nobody's kill reaches them for sure; this one does, even in
+# the middle of a collective.
+signal.alarm(int(os.environ["STACKS_TIMEOUT"]))
 
 if GUARDED:
     import peft_gradguard  # noqa: F401

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent.parent
 RANKS = 2
 
 
-def torchrun(script: str, mode: str, folder: Path, *arguments: str, timeout: float = 150) -> list[dict[str, Any]]:
+def torchrun(script: str, mode: str, folder: Path, *arguments: str, timeout: int = 120) -> list[dict[str, Any]]:
     """Return what each rank reports: per case ``result``, ``error`` and ``records``."""
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -24,6 +24,7 @@ def torchrun(script: str, mode: str, folder: Path, *arguments: str, timeout: flo
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "STACKS_TIMEOUT": str(timeout),
     }
     environment.pop("PEFT_GRADGUARD", None)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
@@ -33,7 +34,7 @@ def torchrun(script: str, mode: str, folder: Path, *arguments: str, timeout: flo
             env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(timeout)
+            code = process.wait(timeout + 30)
         except subprocess.TimeoutExpired:
             code = None
         finally:
