@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import sys
 
-from .errors import NoGradientError
+from .errors import NoGradientError, TrainingStackError
 from .settings import read_switch
 
 __version__ = "0.1.0"
 
-__all__ = ["NoGradientError", "__version__", "disable", "disabled", "enable", "is_enabled"]
+__all__ = ["NoGradientError", "TrainingStackError", "__version__", "disable", "disabled", "enable", "is_enabled"]
 
 try:
     from .hooks import disable, disabled, enable, is_enabled

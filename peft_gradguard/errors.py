@@ -10,3 +10,11 @@ class NoGradientError(RuntimeError):
     PEFT's ``TypeError: unsupported operand type(s) for *: 'Parameter' and 'NoneType'``. The message says which case it
     is and what to change in the training loop. Nothing was scored, pruned or changed by the call that raised it.
     """
+
+
+class TrainingStackError(RuntimeError):
+    """DeepSpeed or FSDP keeps the AdaLoRA parameters or their gradients where PEFT cannot use them.
+
+    Raised out of the same calls as ``NoGradientError``, on every process alike, before PEFT fails on one of them and the
+    others wait for it in a collective. The message names the way that works.
+    """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .ranking import name_missed_finalising_step, pattern_by_full_name, rank
 from .replaced import is_own, name_replaced_methods
 from .scoring import scoring, scoring_is_due, stop_keeping_gradients
+from .shards import keep_masks
 from .skips import memory_of
 from .uncalled import watch_for_calls
 from .view import ModelView
@@ -82,7 +83,9 @@ def mask_to_budget(
     def guarded(model: torch.nn.Module, budget: int) -> RankPattern | None:
         view = _view(allocator, model)
         if rank(allocator, view):
-            return wrapped(view, budget)
+            pattern = wrapped(view, budget)
+            keep_masks(view, pattern)
+            return pattern
         existing: RankPattern | None = allocator.peft_config.rank_pattern
         return existing
 
@@ -103,6 +106,7 @@ def mask_using_rank_pattern(
         if masked:
             view.show(parameter for parameter in view.adalora_parameters if parameter.name in masked)
             wrapped(view, masked)
+            keep_masks(view, masked)
 
     guarded(*args, **kwargs)
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
     import torch
+    from torch.distributed.tensor import DTensor
 
 Factor = Literal["A", "B", "E"]
 SkipReason = Literal["frozen", "no gradient", "non-finite gradient", "inside modules_to_save"]
@@ -31,6 +32,8 @@ class AdaLoraParameter(NamedTuple):
     parameter: torch.nn.Parameter
     module: str
     factor: Factor
+    shard: DTensor | None = None
+    """Where the parameter was gathered from, if it is only a copy for one allocator call (FSDP2)."""
 
 
 class Triplet(NamedTuple):

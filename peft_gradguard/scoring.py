@@ -9,7 +9,9 @@ from .errors import NoGradientError
 from .gradients import step_gradients
 from .late import CAUSES, KeptGradients
 from .parameters import FROZEN, NON_FINITE
+from .shards import refuse_flat_parameters, refuse_late_call
 from .skips import memory_of
+from .zero import require_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +35,7 @@ def scoring(allocator: RankAllocator, view: ModelView) -> Iterator[bool]:
     """Show PEFT just the parameters with a usable gradient, and give whether there are any."""
     memory = memory_of(allocator)
     parameters = view.adalora_parameters
+    require_gradients(allocator, view, _at(memory))
     with memory.kept.lent(parameters) if memory.kept else nullcontext():
         gradients = step_gradients(parameters)
         usable = [parameter for parameter in parameters if gradients.reasons[parameter.name] is None]
@@ -54,6 +57,10 @@ def stop_keeping_gradients(allocator: RankAllocator) -> None:
         memory.kept = None
 
 
+def _at(memory: Memory) -> str:
+    return f"(adapter {memory.adapter!r}, step {'unknown' if memory.step is None else memory.step})"
+
+
 def _log_skips(memory: Memory, reasons: dict[str, SkipReason | None]) -> None:
     for name, reason in reasons.items():
         if reason is not None:
@@ -62,8 +69,9 @@ def _log_skips(memory: Memory, reasons: dict[str, SkipReason | None]) -> None:
 
 def _nothing_to_score(allocator: RankAllocator, memory: Memory, view: ModelView, gradients: StepGradients) -> None:
     reasons = gradients.reasons
-    at = f"(adapter {allocator.adapter_name!r}, step {'unknown' if memory.step is None else memory.step})"
+    at = _at(memory)
     if not reasons:
+        refuse_flat_parameters(view.__wrapped__, at)
         raise NoGradientError(
             f"update_and_allocate was given a model without AdaLoRA parameters {at}: no parameter's name ends with "
             f"'.lora_A.{allocator.adapter_name}', '.lora_B.{allocator.adapter_name}' or "
@@ -96,6 +104,7 @@ def _all_frozen(allocator: RankAllocator, memory: Memory, reasons: dict[str, Ski
 
 def _late_call(allocator: RankAllocator, memory: Memory, view: ModelView, gradients: StepGradients, at: str) -> None:
     """Take the call to come after ``zero_grad``: keep gradients from now on, or give up where that has not helped."""
+    refuse_late_call(view.adalora_parameters, at)
     kept = memory.kept
     found = "only gradients that are exactly zero" if gradients.zeroed else "no gradient"
     if kept is None:
