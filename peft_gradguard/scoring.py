@@ -9,7 +9,7 @@ from .errors import NoGradientError
 from .gradients import step_gradients
 from .late import CAUSES, KeptGradients
 from .parameters import FROZEN, NON_FINITE
-from .shards import refuse_flat_parameters, refuse_late_call
+from .shards import refuse_flat_parameters, refuse_late_call, require_whole_gradients
 from .skips import memory_of
 from .zero import require_gradients
 
@@ -36,6 +36,7 @@ def scoring(allocator: RankAllocator, view: ModelView) -> Iterator[bool]:
     memory = memory_of(allocator)
     parameters = view.adalora_parameters
     require_gradients(allocator, view, _at(memory))
+    require_whole_gradients(parameters, _at(memory))
     with memory.kept.lent(parameters) if memory.kept else nullcontext():
         gradients = step_gradients(parameters)
         usable = [parameter for parameter in parameters if gradients.reasons[parameter.name] is None]

@@ -1,7 +1,7 @@
 """Parameters of which each process holds only a part: made whole for PEFT, or named where that cannot be.
 
-Every process takes the same way through these functions and enters the same collectives in the same order: what they ask
-for (the shape, the class) is alike on all of them, and what differs (the size of a shard) is not asked for.
+Every process takes the same way through these functions and enters the same collectives in the same order: what they
+ask for (the shape, the class) is alike on all of them, and what differs (the size of a shard) is not asked for.
 """
 
 from __future__ import annotations
@@ -58,9 +58,24 @@ def refuse_late_call(parameters: Sequence[AdaLoraParameter], at: str) -> None:
         )
 
 
+def require_whole_gradients(parameters: Sequence[AdaLoraParameter], at: str) -> None:
+    """Raise where FSDP shows whole parameters but has left their gradients in flat pieces.
+
+    A process that owns no piece sees no gradient at all, and ends in ``refuse_late_call``: so all of them stop here.
+    """
+    for parameter in parameters:
+        gradient = parameter.parameter.grad
+        if gradient is not None and gradient.dim() != 2:
+            raise TrainingStackError(
+                f"FSDP shows the AdaLoRA parameters whole but their gradients in pieces {at}: call update_and_allocate "
+                "inside FSDP.summon_full_params(model, with_grads=True)."
+            )
+
+
 def refuse_flat_parameters(model: torch.nn.Module, at: str) -> None:
-    """Raise where FSDP has put flat parameters in the place of the model's own."""
-    if any(name.endswith("_flat_param") for name, _ in model.named_parameters()):
+    """Raise where FSDP has put flat parameters in the place of the model's own, here or in a wrapper around it."""
+    names = [name for name, _ in model.named_parameters()]
+    if not names or any(name.endswith("_flat_param") for name in names):
         raise TrainingStackError(
             f"FSDP has replaced the AdaLoRA parameters by flat ones {at}: wrap with use_orig_params=True, and call "
             "update_and_allocate inside FSDP.summon_full_params(model, with_grads=True)."

@@ -39,3 +39,25 @@ def plain() -> Iterator[Callable[..., Any]]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=assert_unguarded) as pool:
         yield lambda function, *args: pool.submit(call_unguarded, function, *args).result()
+
+
+@pytest.fixture(scope="session")
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """Run a worker script of ``tests/stacks`` on two processes, once for all tests that look at its report."""
+    reports: dict[tuple[str, ...], list[dict[str, Any]] | AssertionError] = {}
+
+    def get(script: str, mode: str, *arguments: str) -> list[dict[str, Any]]:
+        from stacks.launch import torchrun
+
+        key = (script, mode, *arguments)
+        if key not in reports:
+            try:
+                reports[key] = torchrun(script, mode, tmp_path_factory.mktemp(script), *arguments)
+            except AssertionError as error:
+                reports[key] = error
+        report = reports[key]
+        if isinstance(report, AssertionError):
+            raise report
+        return report
+
+    return get
