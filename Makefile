@@ -1,17 +1,22 @@
-# The two commands of a fresh machine: `make demo` and `make test`. Each sets up its own virtual environment in .venv.
+# The two commands of a fresh machine: `make demo` and `make test`. Each sets up what it needs in .venv, and says so.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test matrix lint types clean
+.PHONY: demo test matrix conformity lint types build cost clean
 
-demo: .venv/ready
+demo: .venv/ready  ## the main job on real digits
 	$(BIN)/python examples/digits.py
 
-test: .venv/ready
+test: .venv/stacks  ## the tests
 	$(BIN)/python -m pytest
 
-matrix: .venv/ready
+matrix: .venv/stacks  ## the tests that face PEFT, on every supported release
 	$(BIN)/python tests/matrix.py
+
+conformity: .venv/stacks  ## PEFT's own tests of AdaLoRA, with the guard and without
+	$(PIP) --editable ".[conformity]"
+	$(BIN)/python tests/conformity.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -20,10 +25,28 @@ lint: .venv/ready
 types: .venv/ready
 	$(BIN)/mypy
 
+build: .venv/ready  ## wheel and source distribution, and what checks them
+	$(PIP) --editable ".[packaging]"
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/validate-pyproject pyproject.toml
+
+cost: .venv/stacks  ## what a start of the interpreter costs
+	$(BIN)/python examples/startup_cost.py 60
+
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up a virtual environment in .venv (torch, transformers, PEFT: some minutes the first time) ..."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,test,dev]"
+	$(PIP) --editable ".[demo,test,dev]"
+	@touch $@
+
+# DeepSpeed is built against the torch that is there, without its compiled operators: the tests run on the CPU.
+.venv/stacks: .venv/ready
+	@echo "Adding the training stacks that the tests use (TRL, bitsandbytes, DeepSpeed) ..."
+	$(PIP) --editable ".[trl]" bitsandbytes setuptools wheel ninja py-cpuinfo
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@touch $@
 
 clean:

@@ -13,6 +13,7 @@ from .replaced import is_own, name_replaced_methods
 from .scoring import scoring, scoring_is_due, stop_keeping_gradients
 from .shards import keep_masks
 from .skips import memory_of
+from .uncalled import watch_for_calls
 from .view import ModelView
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def mask_using_rank_pattern(
     """In the final phase, mask only names in the pattern (``RankAllocator.mask_using_rank_pattern``)."""
 
     def guarded(model: torch.nn.Module, rank_pattern: RankPattern | None) -> None:
+        memory_of(allocator).called = True
         stop_keeping_gradients(allocator)
         name_missed_finalising_step(allocator, rank_pattern)
         view = _view(allocator, model)
@@ -109,10 +111,23 @@ def mask_using_rank_pattern(
     guarded(*args, **kwargs)
 
 
+def _set_budget_scheduler(
+    wrapped: Callable[..., None], allocator: RankAllocator, args: Arguments, kwargs: Keywords
+) -> None:
+    """Meet each new allocator: PEFT counts its budget for the first time (``RankAllocator._set_budget_scheduler``)."""
+
+    def guarded(model: torch.nn.Module) -> None:
+        wrapped(model)
+        watch_for_calls(allocator, _view(allocator, model))
+
+    guarded(*args, **kwargs)
+
+
 @contextmanager
 def _call(allocator: RankAllocator, model: torch.nn.Module, step: int) -> Iterator[ModelView]:
     """Remember view and step for the methods that PEFT calls from ``update_and_allocate``, and only so long."""
     memory = memory_of(allocator)
+    memory.called = True
     view = _view(allocator, model)
     before = memory.view, memory.step
     memory.view, memory.step = view, step

@@ -30,11 +30,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "budget_schedule": ("self", "step"),
     "mask_to_budget": ("self", "model", "budget"),
     "mask_using_rank_pattern": ("self", "model", "rank_pattern"),
+    "_set_budget_scheduler": ("self", "model"),
 }
 """The wrapped methods of ``RankAllocator`` and the arguments that they have had in every release since 0.3."""
-
-NEEDED: dict[str, tuple[str, ...]] = {**METHODS, "_set_budget_scheduler": ("self", "model")}
-"""What a ``RankAllocator`` must have for the guard to fit it."""
 
 
 class GuardWrapper(wrapt.FunctionWrapper):  # type: ignore[misc, type-arg, unused-ignore]
@@ -83,7 +81,8 @@ def is_guarded(method: Any) -> bool:
     """Say whether the guard's wrapper is in this chain of wrappers, at the top or beneath somebody else's."""
     while method is not None:
         # Not isinstance: a wrapt proxy answers with the class of what it wraps.
-        if type(method) is GuardWrapper:
+        # And what somebody else wraps may be the method bound to the class, which has the wrapper for its parent.
+        if GuardWrapper in (type(method), type(getattr(method, "_self_parent", None))):
             return True
         method = getattr(method, "__wrapped__", None)
     return False
@@ -144,7 +143,7 @@ def mismatch(module: ModuleType) -> str | None:
     allocator_class = getattr(module, "RankAllocator", None)
     if not inspect.isclass(allocator_class):
         return f"{module.__name__} has no class RankAllocator"
-    for name, expected in NEEDED.items():
+    for name, expected in METHODS.items():
         method = vars(allocator_class).get(name)
         if not callable(method):
             return f"RankAllocator has no method {name}"

@@ -71,7 +71,9 @@ def wrappers(method: Any) -> dict[str, Any]:
 
 def is_guard(layer: Any) -> bool:
     """Say whether this wrapper is the guard's."""
-    return type(layer).__module__ == "peft_gradguard.hooks"
+    # What somebody else wraps may be the method bound to the class, which has the wrapper for its parent.
+    types = type(layer), type(getattr(layer, "_self_parent", None))
+    return any(kind.__module__ == "peft_gradguard.hooks" for kind in types)
 
 
 def origin(layer: Any) -> str:

@@ -29,6 +29,10 @@ class Memory:
         """The view made for the ``update_and_allocate`` under way; None outside one."""
         self.kept: KeptGradients | None = None
         """The gradients kept for calls that come after ``zero_grad``; None as long as there was no such call."""
+        self.called = False
+        """Whether the allocator was ever called."""
+        self.watched = False
+        """Whether it will be seen, at the allocator's end, if it was called."""
         self._said: set[str] = set()
 
     def skip(self, name: str, reason: SkipReason) -> None:

@@ -20,7 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".matrix"
 AT_ONCE = 2
 
-OLD_TRANSFORMERS = ("transformers==4.44.2", "tokenizers==0.19.1", "huggingface_hub==0.36.0", "accelerate==0.34.2")
+OLD_TRANSFORMERS = (
+    "transformers==4.44.2",
+    "tokenizers==0.19.1",
+    "huggingface_hub==0.36.0",
+    "accelerate==0.34.2",
+    "datasets==3.6.0",
+)
 CURRENT = "0.21.2"
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 PROLOGUE = """
 import json, logging, sys, threading, multiprocessing
 
-METHODS = ["update_ipt", "update_and_allocate", "budget_schedule", "mask_to_budget", "mask_using_rank_pattern"]
+METHODS = ["update_ipt", "update_and_allocate", "budget_schedule", "mask_to_budget", "mask_using_rank_pattern",
+           "_set_budget_scheduler"]
 
 def wrappers():
     'How many of our wrappers each method carries.'
@@ -118,7 +119,7 @@ def test_every_order_of_imports_and_switching_twice_over() -> None:
     for order, (enabled, counts, survived) in zip(ORDERS, results, strict=True):
         expected = order.index("enable") > order.index("disable")
         assert (enabled, survived) == (expected, expected), order
-        assert counts == [1] * 5, order
+        assert counts == [1] * 6, order
 
 
 def test_two_threads_at_once() -> None:
@@ -147,7 +148,7 @@ def test_two_threads_at_once() -> None:
         ]
         print(json.dumps([in_fork(run, *pair) for pair in pairs]))
     """)
-    assert results == [[[1] * 5, True]] * 6
+    assert results == [[[1] * 6, True]] * 6
 
 
 @pytest.mark.peft
@@ -156,7 +157,7 @@ def test_forked_child_is_guarded_too() -> None:
         import peft_gradguard, peft
         print(json.dumps([in_fork(wrappers), in_fork(survives)]))
     """)
-    assert results == [[1] * 5, True]
+    assert results == [[1] * 6, True]
 
 
 def test_spawned_child_that_imports_the_guard_is_guarded(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_spawned_child_that_imports_the_guard_is_guarded(tmp_path: Path) -> None
         """)
     )
     found = run([sys.executable, str(tmp_path / "train_like_script.py")])
-    assert json.loads(found.stdout.splitlines()[-1]) == [[1] * 5, True]
+    assert json.loads(found.stdout.splitlines()[-1]) == [[1] * 6, True]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_switched_off_in_the_environment_wraps_nothing_until_enabled() -> None:
         """,
         PEFT_GRADGUARD="off",
     )
-    assert results == [[[0] * 5, False], [[1] * 5, True]]
+    assert results == [[[0] * 6, False], [[1] * 6, True]]
 
 
 def test_disabled_block_gives_back_what_was_before() -> None:
@@ -296,4 +297,4 @@ def test_somebody_elses_wrapper_above_or_beneath_stays() -> None:
         peft_gradguard.enable()
         print(json.dumps([wrappers(), survives(), len(seen)]))
     """)
-    assert results == [[1] * 5, True, 2]
+    assert results == [[1] * 6, True, 2]

@@ -3,9 +3,8 @@
 Neither the package nor wrapt is imported here, only when PEFT is: a program that never imports PEFT pays for this file
 alone, and nothing depends on ``sys.path`` being complete, which it is not while ``.pth`` files are read.
 
-The wheel places this file twice. At the top of site-packages the ``.pth`` or ``.start`` file finds it: outside of the
-package, because to import anything inside of it switches the guard on. In ``peft_gradguard/autoload``, the folder to
-put on ``PYTHONPATH``, it lies beside the ``sitecustomize`` that needs it. Either way it is one module of one name.
+The wheel places this file at the top of site-packages, where the ``.pth`` or ``.start`` file finds it: outside of the
+package, because to import anything inside of it switches the guard on.
 """
 
 import os
@@ -26,8 +25,12 @@ ways: "list[str]" = []
 warned_of: "str | None" = None
 """The value that was warned of, so that ``peft_gradguard.settings`` need not repeat it."""
 
-chained: "set[str | None]" = set()
+chained: "set[str]" = set()
 """The files that our ``sitecustomize`` has run. Kept here because another one in the chain may run ours again."""
+
+
+package: "str | None" = None
+"""The folder of the package that our ``sitecustomize`` lies in; for where the package is not on ``sys.path``."""
 
 
 def start(way: str = ".start") -> None:
@@ -73,7 +76,7 @@ def load_guard() -> None:
         try:
             import peft_gradguard  # noqa: F401
         except ModuleNotFoundError as error:
-            if error.name != "peft_gradguard" or not _import_package_around_this_file():
+            if error.name != "peft_gradguard" or not _import_package_of_sitecustomize():
                 raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -88,18 +91,17 @@ def _wait_for_peft() -> None:
         sys.meta_path.insert(0, PeftIsComing())
 
 
-def _import_package_around_this_file() -> bool:
-    """Import ``peft_gradguard`` from where this file lies, and nothing else from there; say whether it lies there.
+def _import_package_of_sitecustomize() -> bool:
+    """Import ``peft_gradguard`` from where our ``sitecustomize`` lies, and nothing else from there; say whether it was.
 
     For a child process of ``peft-gradguard run`` in another environment, which has PEFT and wrapt, but not the guard.
     Its folder on ``sys.path`` would bring in everything else that is installed beside it.
     """
+    if package is None:
+        return False
     from importlib.util import module_from_spec, spec_from_file_location
 
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     init = os.path.join(package, "__init__.py")
-    if os.path.basename(package) != "peft_gradguard" or not os.path.exists(init):
-        return False
     spec = spec_from_file_location("peft_gradguard", init, submodule_search_locations=[package])
     if spec is None or spec.loader is None:
         return False
