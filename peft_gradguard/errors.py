@@ -15,6 +15,6 @@ class NoGradientError(RuntimeError):
 class TrainingStackError(RuntimeError):
     """DeepSpeed or FSDP keeps the AdaLoRA parameters or their gradients where PEFT cannot use them.
 
-    Raised out of the same calls as ``NoGradientError``, on every process alike, before PEFT fails on one of them and the
-    others wait for it in a collective. The message names the way that works.
+    Raised out of the same calls as ``NoGradientError``, on every process alike, before PEFT fails on one of them while
+    the others wait for it in a collective. The message names the way that works.
     """

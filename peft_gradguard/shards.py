@@ -1,7 +1,7 @@
 """Parameters of which each process holds only a part: made whole for PEFT, or named where that cannot be.
 
-Every process takes the same way through these functions and enters the same collectives in the same order: what they ask
-for (the shape, the class) is alike on all of them, and what differs (the size of a shard) is not asked for.
+Every process takes the same way through these functions and enters the same collectives in the same order: what they
+ask for (the shape, the class) is alike on all of them, and what differs (the size of a shard) is not asked for.
 """
 
 from __future__ import annotations

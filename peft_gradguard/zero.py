@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO, as of DeepSpeed 0.19: whether it still holds this step's gradients, and its master copy of E.
 
-Only marks that DeepSpeed leaves on the parameters are read, never ``safe_get_full_grad``: that is a collective, and once
-the gradients are gone it raises on the processes that own a piece and leaves the others waiting.
+Only marks that DeepSpeed leaves on the parameters are read, never ``safe_get_full_grad``: that is a collective, and
+once the gradients are gone it raises on the processes that own a piece and leaves the others waiting.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _mask_fragment(fragment: torch.Tensor, keep: torch.Tensor) -> None:
 def _gradients_of(owned: list[torch.nn.Parameter], view: ModelView) -> dict[int, Any] | None:
     """Return DeepSpeed's gradients by parameter group, or None where nothing leads to them.
 
-    ZeRO 1 and 2 name them only on those parameters of which this process owns a piece: perhaps on none of the adapter's.
-    With the optimizer offloaded they are kept elsewhere, and stay there after the step.
+    ZeRO 1 and 2 name them only on those parameters of which this process owns a piece: perhaps on none of the
+    adapter's. With the optimizer offloaded they are kept elsewhere, and stay there after the step.
     """
     for parameters in (owned, view.parameters()):
         for parameter in parameters:

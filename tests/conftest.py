@@ -44,14 +44,20 @@ def plain() -> Iterator[Callable[..., Any]]:
 @pytest.fixture(scope="session")
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
     """Run a worker script of ``tests/stacks`` on two processes, once for all tests that look at its report."""
-    reports: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    reports: dict[tuple[str, ...], list[dict[str, Any]] | AssertionError] = {}
 
     def get(script: str, mode: str, *arguments: str) -> list[dict[str, Any]]:
         from stacks.launch import torchrun
 
         key = (script, mode, *arguments)
         if key not in reports:
-            reports[key] = torchrun(script, mode, tmp_path_factory.mktemp(script), *arguments)
-        return reports[key]
+            try:
+                reports[key] = torchrun(script, mode, tmp_path_factory.mktemp(script), *arguments)
+            except AssertionError as error:
+                reports[key] = error
+        report = reports[key]
+        if isinstance(report, AssertionError):
+            raise report
+        return report
 
     return get

@@ -1,7 +1,8 @@
 """What the worker scripts share: one process of a distributed run on the CPU, and what it reports to the test.
 
-Run by torchrun with ``guard`` or ``plain`` and a folder; each process leaves ``<rank>.pt`` there. Every case runs in the
-same two processes, so a case whose failure leaves one of them in a collective comes last, or has a launch of its own.
+Run by torchrun with ``guard`` or ``plain`` and a folder; each process leaves ``<rank>.pt`` there. Every case runs
+in the same two processes, so a case whose failure leaves one of them in a collective comes last, or has a launch of
+its own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ signal.alarm(int(os.environ["STACKS_TIMEOUT"]))
 if GUARDED:
     import peft_gradguard  # noqa: F401
 
-from scenarios import LINEARS, TOTAL, Scenario, build, branches, vectors  # noqa: E402
+from scenarios import LINEARS, branches, build, vectors  # noqa: E402
 
 TIMEOUT = datetime.timedelta(seconds=20)
 """For one collective, so that a process left alone in it fails instead of waiting for ever."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from scenarios import TOTAL
+from stacks.common import RANK, allocator_state, batch, model_for, run
 from torch.nn.parallel import DistributedDataParallel
-
-from stacks.common import RANK, TOTAL, allocator_state, batch, model_for, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,22 +27,19 @@ def train(used: Callable[[int], bool] = lambda step: True, frozen: tuple[str, ..
     return {"history": history, "weights": {n: p.detach().clone() for n, p in model.model.named_parameters()}}
 
 
-def after_unsynchronised_backward() -> dict[str, Any]:
-    """Call the allocator after the micro-step whose gradients are not averaged yet."""
+def accumulated(synchronised: bool) -> dict[str, Any]:
+    """Call the allocator before or after the micro-step in which the gradients are averaged."""
     model = model_for().base_model
     ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    # E starts as zeros: only after a first step do its gradients, and with them the batches, tell in the scores.
+    ddp(**batch(1)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
     with ddp.no_sync():
-        ddp(**batch(1)).loss.backward()
-    model.update_and_allocate(1)
-    return allocator_state(model)
-
-
-def after_synchronised_backward() -> dict[str, Any]:
-    model = model_for().base_model
-    ddp = DistributedDataParallel(model)
-    with ddp.no_sync():
-        ddp(**batch(1)).loss.backward()
-    ddp(**batch(2)).loss.backward()
+        ddp(**batch(2)).loss.backward()
+    if synchronised:
+        ddp(**batch(3)).loss.backward()
     model.update_and_allocate(1)
     return allocator_state(model)
 
@@ -56,7 +53,7 @@ if __name__ == "__main__":
             "unused on both": lambda: train(lambda step: False),
             "unused on both in some steps": lambda: train(lambda step: step % 3 == 0),
             "frozen": lambda: train(frozen=("trunk.0",)),
-            "after no_sync": after_unsynchronised_backward,
-            "after the synchronised step": after_synchronised_backward,
+            "after no_sync": lambda: accumulated(False),
+            "after the synchronised step": lambda: accumulated(True),
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -39,10 +40,8 @@ def torchrun(script: str, mode: str, folder: Path, *arguments: str, timeout: int
             code = None
         finally:
             # The session's leader may be gone while its children are not.
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     files = [folder / f"{rank}.pt" for rank in range(RANKS)]
     if code != 0 or not all(file.exists() for file in files):

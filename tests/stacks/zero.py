@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
+from scenarios import TOTAL
+from stacks.common import ARGUMENTS, TIMEOUT, allocator_state, batch, model_for, run
 from transformers.integrations import HfDeepSpeedConfig
-
-from stacks.common import ARGUMENTS, TIMEOUT, TOTAL, allocator_state, batch, model_for, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
