@@ -86,9 +86,10 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
-def opt() -> nn.Module:
+def opt(hidden: int = 16) -> nn.Module:
     config = transformers.OPTConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=4, ffn_dim=24, num_attention_heads=2, word_embed_proj_dim=16,
+        vocab_size=40, hidden_size=hidden, num_hidden_layers=4, ffn_dim=2 * hidden, num_attention_heads=2,
+        word_embed_proj_dim=hidden,
         max_position_embeddings=20, dropout=0.0, layerdrop=0.5,
     )  # fmt: skip
     return transformers.OPTForCausalLM(config)
