@@ -133,8 +133,8 @@ def test_convolutions() -> None:
 def test_quantised_base(bits: int) -> None:
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    # Where the processor computes in bf16, bitsandbytes packs 4 bit weights in blocks of 32.
-    base = opt(hidden=32)
+    # Where the processor computes in bf16, bitsandbytes packs 4 bit weights in blocks of 64.
+    base = opt(hidden=64)
     folder_config = transformers.BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     base = quantised(base, folder_config)
     model = peft.get_peft_model(base, adalora_config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
