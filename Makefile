@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test matrix conformity lint types build cost clean
+.PHONY: demo test matrix conformity lint types build cost mutants clean
 
 demo: .venv/ready  ## the main job on real digits
 	$(BIN)/python examples/digits.py
 
 test: .venv/stacks  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 matrix: .venv/stacks  ## the tests that face PEFT, on every supported release
 	$(BIN)/python tests/matrix.py
@@ -49,5 +49,9 @@ cost: .venv/stacks  ## what a start of the interpreter costs
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@touch $@
 
+mutants: .venv/stacks  ## every small change of the package: does a test notice? (hours)
+	$(PIP) --editable ".[mutants]"
+	$(BIN)/python tests/mutants.py
+
 clean:
-	rm -rf .venv .matrix dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .matrix .mutants dist build .mypy_cache .ruff_cache .pytest_cache
