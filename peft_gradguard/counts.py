@@ -96,12 +96,13 @@ def note_step(
     allocator: RankAllocator, view: ModelView, step: int, finalising: bool, budget: int, pattern: RankPattern | None
 ) -> None:
     """Remember what an ``update_and_allocate`` has left, before PEFT forgets the scores."""
-    from .importance import importance
     from .skips import memory_of
 
     counts = memory_of(allocator).counts
     counts.step = step
     if finalising and allocator.exp_avg_ipt:
+        from .importance import importance
+
         counts.importance = importance(allocator, view.adalora_parameters)
     if _keep_history:
         counts.history.append(HistoryPoint(step, budget, _total_rank(allocator, view, pattern), counts.skipped))
