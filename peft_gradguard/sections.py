@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .parameters import SkipReason
     from .reports import AdapterReport, ModuleReport, ParameterReport
 
-MANY_KINDS = 20
-"""More kinds than this (a mixture of experts numbers its own) are folded into those that differ in no number."""
+MANY_KINDS = 16
+"""Where there are more kinds than this (a mixture of experts numbers its own), those that differ in numbers are one."""
 MANY_ROWS = 24
 
 
@@ -53,6 +53,8 @@ def summary(adapter: AdapterReport) -> list[str]:
     ]
     if adapter.init_budget is not None:
         now = "?" if adapter.budget is None else adapter.budget
+        if not ranked:
+            return [*lines, "nothing is ranked, so nothing is pruned", _scored(adapter, parameters)]
         lines.append(
             f"budget of the {len(ranked)} ranked: {adapter.init_budget} at the start, {now} now, "
             f"{adapter.target_budget} in the end"
@@ -112,6 +114,8 @@ def _scored(adapter: AdapterReport, parameters: Sequence[ParameterReport]) -> st
     never = [p for p in parameters if not p.steps_scored]
     sometimes = len(parameters) - len(always) - len(never)
     words = ((always, "at every step"), (never, "never"))
+    if len(never) == len(parameters):
+        return "no parameter was ever scored"
     parts = [f"{len(which)} {word}" for which, word in words if which]
     if sometimes:
         parts.insert(1 if always else 0, f"{sometimes} at times")
@@ -123,7 +127,7 @@ def _kinds(modules: Iterable[ModuleReport]) -> dict[str, str]:
     """Return the kind of each module, by its name."""
     kinds = {module.name: place(module.name).kind for module in modules}
     if len(set(kinds.values())) > MANY_KINDS:
-        kinds = {name: re.sub(r"(?<![^.])\d+(?![^.])", "*", kind) for name, kind in kinds.items()}
+        kinds = {name: re.sub(r"\d+", "*", kind) for name, kind in kinds.items()}
     return kinds
 
 

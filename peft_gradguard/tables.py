@@ -35,14 +35,28 @@ def html(report: Report) -> str:
     )
 
 
-def shortened(label: str, width: int) -> str:
-    """Cut the middle out of a label that is too long."""
+def shortened(label: str, width: int, front: float = 1 / 3) -> str:
+    """Cut the middle out of a label that is too long; ``front``: the share of what stays that is its beginning."""
     if len(label) <= width:
         return label
-    if width < 8:
-        return label[:width]
-    front = (width - 3) // 3
-    return f"{label[:front]}...{label[len(label) - (width - 3 - front) :]}"
+    begin = int((width - 3) * front)
+    return f"{label[:begin]}...{label[len(label) - (width - 3 - begin) :]}"
+
+
+def told_apart(labels: Sequence[str], width: int) -> dict[str, str]:
+    """Shorten labels so that different ones stay different, if need be by numbers at their ends."""
+    different = list(dict.fromkeys(labels))
+    for front in (1 / 3, 1 / 2, 2 / 3, 5 / 6):
+        short = [shortened(label, width, front) for label in different]
+        if len(set(short)) == len(short):
+            return dict(zip(different, short, strict=True))
+    number: dict[str, int] = {}
+    found = {}
+    for label in different:
+        short_label = shortened(label, width - 3)
+        number[short_label] = number.get(short_label, 0) + 1
+        found[label] = f"{short_label}~{number[short_label]}" if len(label) > width - 3 else label
+    return found
 
 
 def _title(adapter: AdapterReport) -> str:
@@ -61,9 +75,11 @@ def _adapter_text(adapter: AdapterReport, width: int) -> list[str]:
 
 
 def _wrapped(line: str, width: int, indent: str, bullet: str = "") -> str:
-    # Names are longer than any line: they are broken where they must be, and only there.
+    # Names can be longer than any line.
+    room = width - len(indent) - 2
+    words = " ".join(shortened(word, room) for word in line.split())
     return textwrap.fill(
-        line, width, initial_indent=indent + bullet, subsequent_indent=indent + "  ", break_on_hyphens=False
+        words, width, initial_indent=indent + bullet, subsequent_indent=indent + "  ", break_on_hyphens=False
     )
 
 
@@ -81,18 +97,18 @@ def _columns(section: Section, width: int) -> list[str]:
     rest = sum(widths[1:]) + GAP * len(widths)
     if width - rest >= min(widths[0], 16):
         widths[0] = min(widths[0], width - rest)
-        return ["  " + _line(row, widths) for row in table]
+        labels = told_apart([row[0] for row in table], widths[0])
+        return ["  " + _line((labels[row[0]], *row[1:]), widths) for row in table]
+    labels = told_apart([row[0] for row in table], width - 2)
     lines = []
-    for index, row in enumerate(table):
-        lines.append("  " + shortened(row[0], width - 2))
-        cells = [cell for cell in row[1:] if cell] if index else list(section.head[1:])
-        lines.append(_wrapped(", ".join(cells), width, "    "))
+    for row in table:
+        lines.append("  " + labels[row[0]])
+        lines.append(_wrapped(", ".join(cell or "-" for cell in row[1:]), width, "    "))
     return lines
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    fitted = [shortened(cell, width).ljust(width) for cell, width in zip(cells, widths, strict=True)]
-    return (" " * GAP).join(fitted).rstrip()
+    return (" " * GAP).join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
 def _matrix(section: Section, width: int) -> list[str]:
@@ -101,13 +117,14 @@ def _matrix(section: Section, width: int) -> list[str]:
     label = min(max(len(row[0]) for row in table), max(width // 4, 12))
     cell = max(len(value) for row in table for value in row[1:]) + 1
     fit = max((width - 2 - label) // cell, 1)
+    labels = told_apart([row[0] for row in table], label)
     lines = []
     for start in range(1, len(section.head), fit):
         if start > 1:
             lines.append("")
         for row in table:
             values = "".join(value.rjust(cell) for value in row[start : start + fit])
-            lines.append(f"  {shortened(row[0], label).ljust(label)}{values}".rstrip())
+            lines.append(f"  {labels[row[0]].ljust(label)}{values}".rstrip())
     return lines
 
 
