@@ -366,6 +366,7 @@ def test_advice_on_exclusions(model: peft.PeftModel) -> None:
 @pytest.mark.skipif(PEFT_VERSION >= (0, 16), reason="PEFT since 0.16 does not target modules in modules_to_save")
 def test_advice_on_the_overlap_with_modules_to_save() -> None:
     adapter = only(build(SCENARIOS["head targeted and in modules_to_save"]))
+    assert len(adapter.advice) == 1
     assert "inside modules_to_save: PEFT" in adapter.advice[0]
     inside = {m.name for m in adapter.modules if m.reason == "inside modules_to_save" and not m.ranked}
     assert "classifier.modules_to_save.default.dense" in inside
