@@ -19,7 +19,7 @@ class Key(NamedTuple):
     """``"A"``, ``"B"`` or ``"E"``."""
 
 
-class Broken(Exception):
+class BrokenLoopError(Exception):
     """The training loop is broken: the guard's ``NoGradientError``."""
 
 
@@ -118,7 +118,7 @@ class Oracle:
         usable = {} if zeroed else {k: g for k, g in there.items() if g.isfinite().all()}
         if not any(facts.trainable.values()):
             if not self.ipt:
-                raise Broken
+                raise BrokenLoopError
         elif not usable and (zeroed or not there):
             self._call_is_late(zeroed)
         beta1, beta2 = self.schedule.beta1, self.schedule.beta2
@@ -138,7 +138,7 @@ class Oracle:
         else:
             left_out = self.late.backward_seen and not self.late.step_seen
             if not (self.ipt or left_out or (zeroed and not self.late.copies)):
-                raise Broken
+                raise BrokenLoopError
         self.late.copies |= zeroed
 
     def _ranked(self, trainable: dict[Key, bool]) -> list[str]:
