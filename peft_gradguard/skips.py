@@ -29,6 +29,8 @@ class Memory:
         """The view made for the ``update_and_allocate`` under way; None outside one."""
         self.kept: KeptGradients | None = None
         """The gradients kept for calls that come after ``zero_grad``; None as long as there was no such call."""
+        self.any_usable: bool | None = None
+        """Whether there are usable gradients in the scoring under way; None outside one."""
         self.called = False
         """Whether the allocator was ever called."""
         self.watched = False
@@ -59,14 +61,18 @@ class Memory:
             logger.log(said_level(), message, *args)
 
 
-_memories: weakref.WeakKeyDictionary[RankAllocator, Memory] = weakref.WeakKeyDictionary()
+_memories: dict[int, Memory] = {}
 
 
 def memory_of(allocator: RankAllocator) -> Memory:
-    """Return the memory of this allocator; it goes away with the allocator."""
-    memory = _memories.get(allocator)
+    """Return the memory of this allocator; it goes away with the allocator.
+
+    Found by identity: a subclass may be equal to others of its kind, or not hashable, as data classes are.
+    """
+    memory = _memories.get(id(allocator))
     if memory is None:
-        memory = _memories.setdefault(allocator, Memory(allocator.adapter_name))
+        memory = _memories[id(allocator)] = Memory(allocator.adapter_name)
+        weakref.finalize(allocator, _memories.pop, id(allocator), None).atexit = False
     return memory
 
 

@@ -259,6 +259,10 @@ class Run:
         if used:
             torch.stack([(self.parameters[key] * gradients[key]).sum() for key in used]).sum().backward()
         self.oracle.backward(bool(used))
+        for name, parameter in self.inner.named_parameters():
+            if name not in self.names and ".lora_" in name:
+                # Another adapter's: where it is active, it has gradients too.
+                parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
 
     def gradients(self) -> dict[Key, torch.Tensor | None]:
         return {key: parameter.grad for key, parameter in self.parameters.items()}
