@@ -14,6 +14,7 @@ from .scoring import scoring, scoring_is_due, stop_keeping_gradients
 from .shards import keep_masks
 from .skips import memory_of
 from .uncalled import watch_for_calls
+from .undo import undone_on_error
 from .view import ModelView
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def _call(allocator: RankAllocator, model: torch.nn.Module, step: int) -> Iterat
     before = memory.view, memory.step
     memory.view, memory.step = view, step
     try:
-        yield view
+        with undone_on_error(allocator):
+            yield view
     finally:
         memory.view, memory.step = before
 

@@ -1,4 +1,4 @@
-"""What was left out, said once: the guard's memory of an allocator, and its one logger."""
+"""What was left out, said once: the guard's memory of an allocator."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from .log import say
+
 if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
 
     from .late import KeptGradients
     from .parameters import SkipReason
     from .view import ModelView
-
-logger = logging.getLogger("peft_gradguard")
 
 
 class Memory:
@@ -42,7 +42,7 @@ class Memory:
         if name in self._said:
             return
         self._said.add(name)
-        logger.log(
+        say(
             said_level(),
             "%s is left out of AdaLoRA's %s: %s (adapter %r, step %s). It is said once for each parameter.",
             name,
@@ -58,7 +58,7 @@ class Memory:
         key = f"<{topic}>"
         if key not in self._said:
             self._said.add(key)
-            logger.log(said_level(), message, *args)
+            say(said_level(), message, *args)
 
 
 _memories: dict[int, Memory] = {}
