@@ -72,19 +72,19 @@ class KeptGradients:
                 parameter.parameter.grad = kept[parameter.name]
         try:
             yield
-            self._backward_seen = self._step_seen = False
         finally:
+            self._backward_seen = self._step_seen = False
             for owner, gradient in lent:
                 owner.grad = gradient
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Keep what was kept where the allocator call fails, because it may be made again."""
-        before = self._kept, self._backward_seen, self._step_seen
+        kept = self._kept
         try:
             yield
         except BaseException:
-            self._kept, self._backward_seen, self._step_seen = before
+            self._kept = kept
             raise
 
     def close(self) -> None:

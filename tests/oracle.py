@@ -91,7 +91,11 @@ class Oracle:
         """Return what the E of each module is after the call."""
         energies = {module: facts.weights[Key(module, "E")].clone() for module in self.modules}
         if step < self.schedule.finalising:
-            self._score(facts)
+            try:
+                self._score(facts)
+            finally:
+                if self.late is not None:
+                    self.late.backward_seen = self.late.step_seen = False
         else:
             self.late = None
         if step > self.schedule.finalising:
@@ -130,7 +134,6 @@ class Oracle:
             self.ipt[key], self.sensitivity[key], self.uncertainty[key] = ipt, sensitivity, uncertainty
         if self.late is not None:
             self.late.kept = {}
-            self.late.backward_seen = self.late.step_seen = False
 
     def _call_is_late(self, zeroed: bool) -> None:
         if self.late is None:

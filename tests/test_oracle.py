@@ -4,9 +4,35 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
-from trainings import Run, Training, trainings
+from oracle import Schedule
+from trainings import Run, Step, Training, trainings
 
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained in the prefix")
+
+
+SCHEDULE = Schedule(init_r=1, target_r=0, tinit=0, tfinal=0, total=4, every=1, beta1=0.85, beta2=0.85)
+
+FOUND = {
+    # Then too, gradients that came and that no optimizer used are a step left out, and no broken loop.
+    "a step left out after an error that the loop has swallowed": Training(
+        modules=("a",),
+        shapes=((1, 1),),
+        schedule=SCHEDULE,
+        adapter="default",
+        steps=(
+            Step(order="late"),
+            Step(order="late", unused=((0, "ABE"),)),
+            Step(order="late", optimizer_steps=False),
+            Step(order="late"),
+        ),
+    ),
+}
+"""Where guard and oracle have disagreed, in runs of ``make proof``, shrunk by Hypothesis."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found_disagreement(name: str) -> None:
+    Run(FOUND[name]).train()
 
 
 @given(trainings())
