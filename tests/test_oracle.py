@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given, settings
 from oracle import Schedule
 from trainings import Run, Step, Training, trainings
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained in the prefix")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> Iterator[None]:
+    """Log nothing, neither in these trainings nor when their allocators go."""
+    logger = logging.getLogger("peft_gradguard")
+    logger.setLevel(logging.CRITICAL)
+    yield
+    gc.collect()
+    logger.setLevel(logging.NOTSET)
 
 
 SCHEDULE = Schedule(init_r=1, target_r=0, tinit=0, tfinal=0, total=4, every=1, beta1=0.85, beta2=0.85)

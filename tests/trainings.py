@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -187,7 +186,6 @@ class Run:
 
     def __post_init__(self) -> None:
         training = self.training
-        logging.getLogger("peft_gradguard").setLevel(logging.CRITICAL)
         self.random = torch.Generator().manual_seed(training.seed)
         self.model = peft.get_peft_model(base_model(training), config(training), adapter_name=training.adapter)
         self.inner = self.model.base_model.model
