@@ -35,9 +35,10 @@ def parameters_of(model: peft.PeftModel) -> dict[str, nn.Parameter]:
 
 
 class Loop:
-    """Steps in which other parameters are frozen, without gradient, or with NaN in it, each time; every second hundred late.
+    """Steps in which other parameters are frozen, without gradient, or with NaN in it, each time.
 
-    Without a backward: gradients are set by hand, so that the allocator's steps are what costs.
+    Every second hundred of calls comes late. There is no backward: gradients are set by hand, so that the allocator's
+    steps are what costs.
     """
 
     def __init__(self, model: peft.PeftModel) -> None:
