@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test matrix conformity lint types build cost mutants clean
+.PHONY: demo test matrix conformity lint types build proof soak cost mutants clean
 
 demo: .venv/ready  ## the main job on real digits
 	$(BIN)/python examples/digits.py
@@ -32,6 +32,12 @@ build: .venv/ready  ## wheel and source distribution, and what checks them
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
 	$(BIN)/validate-pyproject pyproject.toml
+
+proof: .venv/stacks  ## the guard against the oracle of its rules, in 20,000 random trainings
+	$(BIN)/python -m pytest tests/test_oracle.py -k "not release" --hypothesis-profile=long --hypothesis-show-statistics
+
+soak: .venv/stacks  ## 50,000 steps and 200 models: memory, log lines, what is left behind
+	$(BIN)/python tests/soak.py
 
 cost: .venv/stacks  ## what a start of the interpreter costs
 	$(BIN)/python examples/startup_cost.py 60

@@ -37,18 +37,18 @@ def step_gradients(parameters: Sequence[AdaLoraParameter]) -> StepGradients:
     """Judge this step's gradients. Where all are exactly zero they count as missing, for scores of 0 prune every rank.
 
     Gradients that DeepSpeed holds are taken as usable, unseen: looking would be a collective, and DeepSpeed leaves out
-    overflowed steps by itself.
+    overflowed steps by itself. So are those on the meta device, which have no values.
     """
     reasons = {p.name: EXCLUDED if p.excluded else skip_reason(p.parameter) for p in parameters}
-    present = [p for p in parameters if reasons[p.name] is None and p.parameter.grad is not None]
-    magnitudes = largest_magnitudes([p.parameter.grad for p in present if p.parameter.grad is not None])
-    for parameter, magnitude in zip(present, magnitudes, strict=True):
+    there = [(parameter, parameter.parameter.grad) for parameter in parameters if reasons[parameter.name] is None]
+    seen = [(parameter, gradient) for parameter, gradient in there if gradient is not None and not gradient.is_meta]
+    magnitudes = largest_magnitudes([gradient for _, gradient in seen])
+    for (parameter, _), magnitude in zip(seen, magnitudes, strict=True):
         if not math.isfinite(magnitude):
             reasons[parameter.name] = NON_FINITE
-    unseen = sum(reason is None for reason in reasons.values()) > len(present)
-    zeroed = bool(present) and not unseen and not any(magnitudes)
+    zeroed = bool(seen) and len(seen) == len(there) and not any(magnitudes)
     if zeroed:
-        reasons.update((parameter.name, NO_GRADIENT) for parameter in present)
+        reasons.update((parameter.name, NO_GRADIENT) for parameter, _ in seen)
     return StepGradients(reasons, zeroed)
 
 

@@ -1,6 +1,7 @@
 """The wrappers around ``RankAllocator``'s methods: one function per method, each a few lines that read like its rule.
 
-Each calls PEFT's own method with a view of the model. AdaLoRA's arithmetic is PEFT's alone.
+Each calls PEFT's own method with a view of the model, and hands on arguments that it does not know. AdaLoRA's
+arithmetic is PEFT's alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .scoring import scoring, scoring_is_due, stop_keeping_gradients
 from .shards import keep_masks
 from .skips import memory_of
 from .uncalled import watch_for_calls
+from .undo import undone_on_error
 from .view import ModelView
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def update_and_allocate(
 ) -> tuple[int, RankPattern | None]:
     """Let one walk over the model serve the whole call (``RankAllocator.update_and_allocate``)."""
 
-    def guarded(model: torch.nn.Module, global_step: int, force_mask: bool = False) -> tuple[int, RankPattern | None]:
+    def guarded(model: torch.nn.Module, global_step: int, *rest: Any, **more: Any) -> tuple[int, RankPattern | None]:
         name_replaced_methods(allocator)
         due = scoring_is_due(allocator, global_step)
         if not due:
@@ -43,7 +45,7 @@ def update_and_allocate(
         # Where user code has put its own update_ipt in place of the guarded one, it is shown what that would be shown.
         replaced = due and not is_own(allocator, "update_ipt")
         with _call(allocator, model, global_step) as view, scoring(allocator, view) if replaced else nullcontext():
-            budget, pattern = wrapped(view, global_step, force_mask)
+            budget, pattern = wrapped(view, global_step, *rest, **more)
         note_step(allocator, view, global_step, not due, budget, pattern)
         return budget, pattern
 
@@ -53,11 +55,11 @@ def update_and_allocate(
 def update_ipt(wrapped: Callable[..., None], allocator: RankAllocator, args: Arguments, kwargs: Keywords) -> None:
     """Score just the parameters with a usable gradient (``RankAllocator.update_ipt``); the others keep their scores."""
 
-    def guarded(model: torch.nn.Module) -> None:
+    def guarded(model: torch.nn.Module, *rest: Any, **more: Any) -> None:
         view = _view(allocator, model)
         with scoring(allocator, view) as any_usable:
             if any_usable:
-                wrapped(view)
+                wrapped(view, *rest, **more)
 
     guarded(*args, **kwargs)
 
@@ -84,11 +86,11 @@ def mask_to_budget(
     PEFT forgets all scores at its finalising step, and loops that call once per micro-batch come again with that step.
     """
 
-    def guarded(model: torch.nn.Module, budget: int) -> RankPattern | None:
+    def guarded(model: torch.nn.Module, budget: int, *rest: Any, **more: Any) -> RankPattern | None:
         view = _view(allocator, model)
         warn_of_unmatched(memory_of(allocator), view.adalora_parameters)
         if rank(allocator, view):
-            pattern = wrapped(view, budget)
+            pattern = wrapped(view, budget, *rest, **more)
             keep_masks(view, pattern)
             return pattern
         existing: RankPattern | None = allocator.peft_config.rank_pattern
@@ -102,7 +104,7 @@ def mask_using_rank_pattern(
 ) -> None:
     """In the final phase, mask only names in the pattern (``RankAllocator.mask_using_rank_pattern``)."""
 
-    def guarded(model: torch.nn.Module, rank_pattern: RankPattern | None) -> None:
+    def guarded(model: torch.nn.Module, rank_pattern: RankPattern | None, *rest: Any, **more: Any) -> None:
         memory_of(allocator).called = True
         stop_keeping_gradients(allocator)
         name_missed_finalising_step(allocator, rank_pattern)
@@ -110,7 +112,7 @@ def mask_using_rank_pattern(
         masked = dict(pattern_by_full_name(view.adalora_parameters, rank_pattern or {}, allocator.adapter_name))
         if masked:
             view.show(parameter for parameter in view.adalora_parameters if parameter.name in masked)
-            wrapped(view, masked)
+            wrapped(view, masked, *rest, **more)
             keep_masks(view, masked)
 
     guarded(*args, **kwargs)
@@ -121,8 +123,8 @@ def _set_budget_scheduler(
 ) -> None:
     """Meet each new allocator: PEFT counts its budget for the first time (``RankAllocator._set_budget_scheduler``)."""
 
-    def guarded(model: torch.nn.Module) -> None:
-        wrapped(model)
+    def guarded(model: torch.nn.Module, *rest: Any, **more: Any) -> None:
+        wrapped(model, *rest, **more)
         watch_for_calls(allocator, _view(allocator, model))
 
     guarded(*args, **kwargs)
@@ -137,7 +139,8 @@ def _call(allocator: RankAllocator, model: torch.nn.Module, step: int) -> Iterat
     before = memory.view, memory.step
     memory.view, memory.step = view, step
     try:
-        yield view
+        with undone_on_error(allocator):
+            yield view
     finally:
         memory.view, memory.step = before
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from .log import say
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import ModuleType
-
-logger = logging.getLogger("peft_gradguard")
 
 TARGET = "peft.tuners.adalora"
 
@@ -117,7 +117,8 @@ def _apply(module: ModuleType) -> None:
     try:
         problem = mismatch(module)
         if problem:
-            logger.warning(
+            say(
+                logging.WARNING,
                 "peft_gradguard leaves PEFT untouched: %s. AdaLoRA runs unguarded. The guard knows PEFT 0.5 to 0.21; "
                 "look for a newer peft_gradguard, or set PEFT_GRADGUARD=0 to silence this.",
                 problem,
@@ -130,7 +131,7 @@ def _apply(module: ModuleType) -> None:
             for name in METHODS:
                 _wrap(module.RankAllocator, name, getattr(guard, name))
     except Exception:
-        logger.warning("peft_gradguard could not be applied: AdaLoRA runs unguarded.", exc_info=True)
+        say(logging.WARNING, "peft_gradguard could not be applied: AdaLoRA runs unguarded.", exc_info=True)
 
 
 def _wrap(allocator_class: type, name: str, wrapper: Callable[..., Any]) -> None:

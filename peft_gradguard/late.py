@@ -65,7 +65,9 @@ class KeptGradients:
         lent: list[tuple[torch.nn.Parameter, torch.Tensor | None]] = []
         kept, self._kept = self._kept, {}
         for parameter in parameters:
-            if parameter.name in kept:
+            watched = self._parameters.get(parameter.name)
+            # Not where another parameter, perhaps of another shape, has taken the name since.
+            if parameter.name in kept and watched is not None and watched() is parameter.parameter:
                 lent.append((parameter.parameter, parameter.parameter.grad))
                 parameter.parameter.grad = kept[parameter.name]
         try:
@@ -74,6 +76,16 @@ class KeptGradients:
             self._backward_seen = self._step_seen = False
             for owner, gradient in lent:
                 owner.grad = gradient
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Keep what was kept where the allocator call fails, because it may be made again."""
+        kept = self._kept
+        try:
+            yield
+        except BaseException:
+            self._kept = kept
+            raise
 
     def close(self) -> None:
         """Keep nothing any more."""

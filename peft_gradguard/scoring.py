@@ -32,8 +32,14 @@ def scoring_is_due(allocator: RankAllocator, step: int) -> bool:
 
 @contextmanager
 def scoring(allocator: RankAllocator, view: ModelView) -> Iterator[bool]:
-    """Show PEFT just the parameters with a usable gradient, and give whether there are any."""
+    """Show PEFT just the parameters with a usable gradient, and give whether there are any.
+
+    Where user code's own ``update_ipt`` calls the guarded one, it is shown by then what this would show it.
+    """
     memory = memory_of(allocator)
+    if memory.any_usable is not None:
+        yield memory.any_usable
+        return
     parameters = view.adalora_parameters
     require_gradients(allocator, view, _at(memory))
     require_whole_gradients(parameters, _at(memory))
@@ -45,7 +51,11 @@ def scoring(allocator: RankAllocator, view: ModelView) -> Iterator[bool]:
         else:
             _nothing_to_score(allocator, memory, view, gradients)
         view.show(usable)
-        yield bool(usable)
+        memory.any_usable = bool(usable)
+        try:
+            yield memory.any_usable
+        finally:
+            memory.any_usable = None
         memory.counts.add(memory.step, gradients.reasons)
     if memory.kept:
         memory.kept.watch(parameters, backward=not allocator.exp_avg_ipt)

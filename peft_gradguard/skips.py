@@ -1,4 +1,4 @@
-"""What was left out, said once: the guard's memory of an allocator, and its one logger."""
+"""What was left out, said once: the guard's memory of an allocator."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from .counts import Counts
+from .log import say
 
 if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from .late import KeptGradients
     from .parameters import SkipReason
     from .view import ModelView
-
-logger = logging.getLogger("peft_gradguard")
 
 
 class Memory:
@@ -31,6 +30,8 @@ class Memory:
         """The view made for the ``update_and_allocate`` under way; None outside one."""
         self.kept: KeptGradients | None = None
         """The gradients kept for calls that come after ``zero_grad``; None as long as there was no such call."""
+        self.any_usable: bool | None = None
+        """Whether there are usable gradients in the scoring under way; None outside one."""
         self.called = False
         """Whether the allocator was ever called."""
         self.watched = False
@@ -45,7 +46,7 @@ class Memory:
         if name in self._said:
             return
         self._said.add(name)
-        logger.log(
+        say(
             said_level(),
             "%s is left out of AdaLoRA's %s: %s (adapter %r, step %s). It is said once for each parameter.",
             name,
@@ -61,23 +62,27 @@ class Memory:
         key = f"<{topic}>"
         if key not in self._said:
             self._said.add(key)
-            logger.log(said_level(), message, *args)
+            say(said_level(), message, *args)
 
 
-_memories: weakref.WeakKeyDictionary[RankAllocator, Memory] = weakref.WeakKeyDictionary()
+_memories: dict[int, Memory] = {}
 
 
 def memory_of(allocator: RankAllocator) -> Memory:
-    """Return the memory of this allocator; it goes away with the allocator."""
-    memory = _memories.get(allocator)
+    """Return the memory of this allocator; it goes away with the allocator.
+
+    Found by identity: a subclass may be equal to others of its kind, or not hashable, as data classes are.
+    """
+    memory = _memories.get(id(allocator))
     if memory is None:
-        memory = _memories.setdefault(allocator, Memory(allocator.adapter_name))
+        memory = _memories[id(allocator)] = Memory(allocator.adapter_name)
+        weakref.finalize(allocator, _memories.pop, id(allocator), None).atexit = False
     return memory
 
 
 def known_memory(allocator: RankAllocator) -> Memory | None:
     """Return the memory of this allocator if there is one already."""
-    return _memories.get(allocator)
+    return _memories.get(id(allocator))
 
 
 def said_level() -> int:

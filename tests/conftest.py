@@ -7,12 +7,17 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 os.environ.pop("PEFT_GRADGUARD", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile("short", derandomize=True, max_examples=600, deadline=None, database=None)
+settings.register_profile("long", settings.get_profile("short"), derandomize=False, max_examples=20_000)
+settings.load_profile("short")
 
 
 def assert_unguarded() -> None:

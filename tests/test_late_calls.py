@@ -254,6 +254,20 @@ def test_unused_branch_keeps_its_scores_in_a_late_loop(model: peft.PeftModel, op
         assert (score is before[name]) == name.startswith("branch."), name
 
 
+def test_gradients_of_a_step_without_a_call_are_not_used_at_a_later_one(
+    model: peft.PeftModel, optimizer: torch.optim.Optimizer
+) -> None:
+    late_step(model, optimizer, 1)
+    late_step(model, optimizer, 2)
+    loss_of(model, vectors(3), False).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = dict(model.base_model.rankallocator.exp_avg_ipt)
+    late_step(model, optimizer, 4, branch=False)
+    for name, score in model.base_model.rankallocator.exp_avg_ipt.items():
+        assert (score is before[name]) == name.startswith("branch."), name
+
+
 def test_adapter_that_never_takes_part_is_named_at_the_second_call(
     model: peft.PeftModel, optimizer: torch.optim.Optimizer
 ) -> None:

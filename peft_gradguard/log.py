@@ -1,0 +1,20 @@
+"""The guard's one logger, and the assurance that what user code has put behind it stops no training."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from typing import Any
+
+logger = logging.getLogger("peft_gradguard")
+
+
+def say(level: int, message: str, *args: Any, extra: dict[str, Any] | None = None, exc_info: bool = False) -> None:
+    """Log; where a handler, filter or record factory raises, write the message and that error to stderr instead."""
+    try:
+        logger.log(level, message, *args, extra=extra, exc_info=exc_info)
+    except Exception as error:
+        # The program may have closed its stderr too: then the message is lost.
+        with contextlib.suppress(Exception):
+            print(f"peft_gradguard: {message % args} (logging failed on this: {error!r})", file=sys.stderr)

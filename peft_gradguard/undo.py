@@ -1,0 +1,34 @@
+"""An allocator call that fails leaves the allocator as it was, so that it can be made again."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from .skips import memory_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft.tuners.adalora import RankAllocator
+
+STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc", "init_bgt", "target_bgt", "name_set")
+"""What PEFT writes to in ``RankAllocator.update_and_allocate``. Its scores are replaced, never written into."""
+
+
+@contextmanager
+def undone_on_error(allocator: RankAllocator) -> Iterator[None]:
+    """Give the allocator its scores, budget and kept gradients back where the block fails, or is interrupted.
+
+    PEFT scores one parameter after the other. Half a step scored, and that half scored again by a second try, would
+    weigh some parameters more than others. Weights that PEFT has masked by then stay masked.
+    """
+    before = {name: copy.copy(vars(allocator)[name]) for name in STATE if name in vars(allocator)}
+    kept = memory_of(allocator).kept
+    try:
+        with kept.undone_on_error() if kept else nullcontext():
+            yield
+    except BaseException:
+        vars(allocator).update(before)
+        raise

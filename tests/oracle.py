@@ -1,0 +1,188 @@
+"""The rules once more, over plain dictionaries of tensors: no PEFT code, no guard code.
+
+Written from the rules and from the AdaLoRA paper (https://openreview.net/pdf?id=lq62uWRJjiY: equations 8 to 11, the
+importance of a triplet in section 3.2, the schedule of the budget in section 3.3). The order of the operations is
+PEFT's, because sums of floating-point numbers depend on it. A parameter is known by its module and its factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+
+class Key(NamedTuple):
+    module: str
+    factor: str
+    """``"A"``, ``"B"`` or ``"E"``."""
+
+
+class BrokenLoopError(Exception):
+    """The training loop is broken: the guard's ``NoGradientError``."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    init_r: int
+    target_r: int
+    tinit: int
+    tfinal: int
+    total: int
+    every: int
+    """``deltaT``"""
+    beta1: float
+    beta2: float
+
+    @property
+    def finalising(self) -> int:
+        return self.total - self.tfinal
+
+
+@dataclass
+class Facts:
+    """What there is to see when the allocator is called."""
+
+    weights: dict[Key, torch.Tensor]
+    gradients: dict[Key, torch.Tensor | None]
+    trainable: dict[Key, bool]
+
+
+@dataclass
+class Late:
+    """The gradients kept since the first call that came after ``zero_grad``."""
+
+    copies: bool = False
+    kept: dict[Key, torch.Tensor] = field(default_factory=dict)
+    backward_seen: bool = False
+    step_seen: bool = False
+
+
+class Oracle:
+    """One allocator, and the rank pattern of its adapter."""
+
+    def __init__(self, schedule: Schedule, modules: list[str], saved: set[str]) -> None:
+        self.schedule, self.modules, self.saved = schedule, modules, saved
+        self.ipt: dict[Key, torch.Tensor] = {}
+        self.sensitivity: dict[Key, torch.Tensor] = {}
+        self.uncertainty: dict[Key, torch.Tensor] = {}
+        self.pattern: dict[str, list[bool]] | None = None
+        self.counted = list(modules)
+        """The modules that the budget describes: at first all of them."""
+        self.late: Late | None = None
+
+    @property
+    def budgets(self) -> tuple[int, int]:
+        """The ranks at the start, and those at the end (``init_bgt`` and ``target_bgt``)."""
+        return self.schedule.init_r * len(self.counted), self.schedule.target_r * len(self.counted)
+
+    def backward(self, gradients_came: bool) -> None:
+        if self.late is not None:
+            self.late.backward_seen |= gradients_came
+
+    def optimizer_step(self, gradients: dict[Key, torch.Tensor | None]) -> None:
+        if self.late is not None:
+            self.late.step_seen = True
+            copies = self.late.copies
+            self.late.kept = {k: g.clone() if copies else g for k, g in gradients.items() if g is not None}
+
+    def call(self, step: int, facts: Facts) -> dict[str, torch.Tensor]:
+        """Return what the E of each module is after the call."""
+        energies = {module: facts.weights[Key(module, "E")].clone() for module in self.modules}
+        if step < self.schedule.finalising:
+            try:
+                self._score(facts)
+            finally:
+                if self.late is not None:
+                    self.late.backward_seen = self.late.step_seen = False
+        else:
+            self.late = None
+        if step > self.schedule.finalising:
+            for module, keep in (self.pattern or {}).items():
+                _mask(energies[module], keep)
+            return energies
+        ranked = self._ranked(facts.trainable)
+        if self.ipt:
+            self.counted = ranked
+        if ranked and self._masking_is_due(step):
+            self.pattern = self._allocate(ranked, self._budget(step), facts.trainable)
+            for module, keep in self.pattern.items():
+                _mask(energies[module], keep)
+        if step == self.schedule.finalising:
+            for scores in (self.ipt, self.sensitivity, self.uncertainty):
+                scores.clear()
+        return energies
+
+    def _score(self, facts: Facts) -> None:
+        kept = self.late.kept if self.late else {}
+        gradients = {key: kept.get(key, gradient) for key, gradient in facts.gradients.items()}
+        there = {k: g for k, g in gradients.items() if g is not None and facts.trainable[k]}
+        zeroed = bool(there) and not any(gradient.any() for gradient in there.values())
+        usable = {} if zeroed else {k: g for k, g in there.items() if g.isfinite().all()}
+        if not any(facts.trainable.values()):
+            if not self.ipt:
+                raise BrokenLoopError
+        elif not usable and (zeroed or not there):
+            self._call_is_late(zeroed)
+        beta1, beta2 = self.schedule.beta1, self.schedule.beta2
+        for key, gradient in usable.items():
+            zeros = torch.zeros_like(gradient)
+            ipt = (facts.weights[key] * gradient).abs()
+            sensitivity = beta1 * self.sensitivity.get(key, zeros) + (1 - beta1) * ipt
+            uncertainty = beta2 * self.uncertainty.get(key, zeros) + (1 - beta2) * (ipt - sensitivity).abs()
+            self.ipt[key], self.sensitivity[key], self.uncertainty[key] = ipt, sensitivity, uncertainty
+        if self.late is not None:
+            self.late.kept = {}
+
+    def _call_is_late(self, zeroed: bool) -> None:
+        if self.late is None:
+            self.late = Late()
+        else:
+            left_out = self.late.backward_seen and not self.late.step_seen
+            if not (self.ipt or left_out or (zeroed and not self.late.copies)):
+                raise BrokenLoopError
+        self.late.copies |= zeroed
+
+    def _ranked(self, trainable: dict[Key, bool]) -> list[str]:
+        def counts(module: str, factor: str) -> bool:
+            return trainable[Key(module, factor)] and Key(module, factor) in self.ipt
+
+        return [
+            module
+            for module in self.modules
+            if module not in self.saved and counts(module, "E") and (counts(module, "A") or counts(module, "B"))
+        ]
+
+    def _masking_is_due(self, step: int) -> bool:
+        schedule = self.schedule
+        return step == schedule.finalising or (step > schedule.tinit and step % schedule.every == 0)
+
+    def _budget(self, step: int) -> int:
+        schedule = self.schedule
+        start, end = self.budgets
+        if step <= schedule.tinit:
+            return start
+        to_go = 1 - (step - schedule.tinit) / (schedule.finalising - schedule.tinit)
+        return int((start - end) * (to_go**3) + end)
+
+    def _allocate(self, ranked: list[str], budget: int, trainable: dict[Key, bool]) -> dict[str, list[bool]]:
+        importance = {module: self._importance(module, trainable) for module in ranked}
+        ascending = sorted(value for values in importance.values() for value in values.tolist())
+        threshold = ascending[len(ascending) - budget - 1]
+        return {module: [value > threshold for value in values.tolist()] for module, values in importance.items()}
+
+    def _importance(self, module: str, trainable: dict[Key, bool]) -> torch.Tensor:
+        """Per rank: the score of E, and the means over the scores of A's row and B's column."""
+        scores = {
+            factor: self.sensitivity[key] * self.uncertainty[key]
+            for factor in "ABE"
+            if (key := Key(module, factor)) in self.ipt and trainable[key]
+        }
+        means = [scores["A"].mean(dim=1)] if "A" in scores else []
+        means += [scores["B"].mean(dim=0)] if "B" in scores else []
+        return scores["E"].view(-1) + sum(means[1:], means[0])
+
+
+def _mask(energy: torch.Tensor, keep: list[bool]) -> None:
+    energy[~torch.tensor(keep)] = 0.0
