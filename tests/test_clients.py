@@ -25,7 +25,7 @@ from scenarios import (
     loss_of,
     vectors,
 )
-from test_late_calls import Examples
+from trainers import Examples, training_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,11 +85,7 @@ def fit(
     trainer: type[transformers.Trainer] = transformers.Trainer,
 ) -> None:
     frozen("trunk.0")(model, 0)
-    arguments = transformers.TrainingArguments(
-        output_dir="run", max_steps=TOTAL + 2, per_device_train_batch_size=4, gradient_accumulation_steps=accumulation,
-        learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, label_names=["labels"],
-        remove_unused_columns=False,
-    )  # fmt: skip
+    arguments = training_arguments(TOTAL + 2, accumulation)
     trainer(model, arguments, train_dataset=Examples(), callbacks=list(callbacks)).train()
 
 

@@ -81,6 +81,7 @@ def test_in_the_middle_of_accumulation(torchrun: Launch, stage: str) -> None:
     case = "in the middle of accumulation"
     if stage == "3":
         assert same(*(report[case]["result"] for report in reports))
+        assert all(score.any() for score in reports[0][case]["result"]["scores"].values())
     else:
         assert_named(reports, case, "NoGradientError", "last micro-batch")
 

@@ -25,6 +25,7 @@ from scenarios import (
     vectors,
 )
 from torch.optim import optimizer as torch_optimizer
+from trainers import Examples, training_arguments
 
 import peft_gradguard
 
@@ -127,23 +128,10 @@ class Allocate(transformers.TrainerCallback):
             self.call(state.global_step)
 
 
-class Examples(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 1000
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        batch = vectors(index)
-        return {"inputs": batch["inputs"][0], "labels": batch["labels"][0]}
-
-
-def by_trainer(call_at: str, accumulation: int, folder: str = "run") -> Outcome:
+def by_trainer(call_at: str, accumulation: int) -> Outcome:
     model = build(branches())
     call = Recorder(model, leave_out=0 if call_at == "after zero_grad" else 1)
-    arguments = transformers.TrainingArguments(
-        output_dir=folder, max_steps=TOTAL, per_device_train_batch_size=4, gradient_accumulation_steps=accumulation,
-        max_grad_norm=0.5, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
-        label_names=["labels"], remove_unused_columns=False,
-    )  # fmt: skip
+    arguments = training_arguments(TOTAL, accumulation, max_grad_norm=0.5)
     transformers.Trainer(model, arguments, train_dataset=Examples(), callbacks=[Allocate(call, call_at)]).train()
     return call.finished()
 
