@@ -1,4 +1,4 @@
-"""From the environment to settings: the one place that reads ``PEFT_GRADGUARD``.
+"""From the environment to settings: the one place that reads ``PEFT_GRADGUARD`` and ``PEFT_GRADGUARD_FUSED``.
 
 Imports nothing that an interpreter has not already loaded, because start-up code uses it.
 """
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SWITCH = "PEFT_GRADGUARD"
+FUSED = "PEFT_GRADGUARD_FUSED"
 ON = ("1", "true", "yes", "on")
 OFF = ("0", "false", "no", "off")
 
@@ -34,6 +35,20 @@ def read_switch(environ: Mapping[str, str] = os.environ) -> bool | None:
             f"{', '.join(ON)} (guard on) or {', '.join(OFF)} (guard off), in any case."
         )
     return None
+
+
+def read_fused(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the guard may compute PEFT's scores itself (``fused.py``): yes, unless ``PEFT_GRADGUARD_FUSED=0``.
+
+    Values are read as those of ``PEFT_GRADGUARD`` are.
+    """
+    value = environ.get(FUSED, "").strip().lower()
+    if value and value not in ON + OFF:
+        warn(
+            f"{FUSED}={environ[FUSED]!r} is not understood and is ignored: set it to one of "
+            f"{', '.join(ON)} (score all parameters at once) or {', '.join(OFF)} (leave scoring to PEFT), in any case."
+        )
+    return value not in OFF
 
 
 def _warned_of_at_start() -> str | None:

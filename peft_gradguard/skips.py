@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
 
+    from .fused import Trust
     from .late import KeptGradients
     from .parameters import SkipReason
     from .view import ModelView
@@ -29,6 +30,8 @@ class Memory:
         """The view made for the ``update_and_allocate`` under way; None outside one."""
         self.kept: KeptGradients | None = None
         """The gradients kept for calls that come after ``zero_grad``; None as long as there was no such call."""
+        self.trust: Trust | None = None
+        """How far the guard may compute PEFT's scores itself; None before the first scoring."""
         self.called = False
         """Whether the allocator was ever called."""
         self.watched = False

@@ -41,7 +41,7 @@ def named_parameters(model: Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
             for name, child in reversed(module._modules.items()):
                 if child is not None:
                     ahead.append((f"{prefix}{name}.", child))
-    kinds = set(map(type, modules))
+    kinds: set[type[Module]] = set(map(type, modules))
     return found if all(kind.named_modules is Module.named_modules for kind in kinds) else model.named_parameters()
 
 
