@@ -18,31 +18,42 @@ WALKERS = ("named_parameters", "_named_members", "named_modules")
 
 
 def named_parameters(model: Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
-    """Return what ``model.named_parameters()`` yields, in its order, each parameter and module once.
+    """Return what ``model.named_parameters()`` yields: in its order, each parameter once, under its first name.
 
     A model that walks in its own way (FSDP1 cleans the names so, and users patch this method) is asked itself.
     """
-    if not all(_is_torchs_own(getattr(model, name, None)) for name in WALKERS):
-        return model.named_parameters()
-    found: list[tuple[str, torch.nn.Parameter]] = []
-    modules: set[Module] = set()
-    parameters: set[int] = set()
-    ahead = [("", model)]
-    while ahead:
-        prefix, module = ahead.pop()
-        if module in modules:
-            continue
-        modules.add(module)
+    walk = _Walk()
+    if all(_is_torchs_own(getattr(model, name, None)) for name in WALKERS):
+        walk.own(model, "")
+        walk.below(model, "")
+        if all(kind.named_modules is Module.named_modules for kind in walk.kinds):
+            return walk.found
+    return model.named_parameters()
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.found: list[tuple[str, torch.nn.Parameter]] = []
+        self.kinds: set[type[Module]] = set()
+        self._parameters: set[int] = set()
+        self._modules: set[Module] = set()
+
+    def own(self, module: Module, prefix: str) -> None:
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in parameters:
-                parameters.add(id(parameter))
-                found.append((prefix + name, parameter))
-        if module._modules:
-            for name, child in reversed(module._modules.items()):
-                if child is not None:
-                    ahead.append((f"{prefix}{name}.", child))
-    kinds: set[type[Module]] = set(map(type, modules))
-    return found if all(kind.named_modules is Module.named_modules for kind in kinds) else model.named_parameters()
+            if parameter is not None and id(parameter) not in self._parameters:
+                self._parameters.add(id(parameter))
+                self.found.append((prefix + name, parameter))
+
+    def below(self, module: Module, prefix: str) -> None:
+        # Most modules are leaves, and many without a parameter (dropouts): what they do not need is left out.
+        for name, child in module._modules.items():
+            if child is not None:
+                self.kinds.add(type(child))
+                if child._parameters:
+                    self.own(child, f"{prefix}{name}.")
+                if child._modules and child not in self._modules:
+                    self._modules.add(child)
+                    self.below(child, f"{prefix}{name}.")
 
 
 def _is_torchs_own(method: object) -> bool:
