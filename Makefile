@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test matrix conformity lint types build proof soak cost mutants clean
+.PHONY: demo test matrix conformity lint types build proof soak cost bench mutants clean
 
 demo: .venv/ready  ## the main job on real digits
 	$(BIN)/python examples/digits.py
@@ -41,6 +41,9 @@ soak: .venv/stacks  ## 50,000 steps and 200 models: memory, log lines, what is l
 
 cost: .venv/stacks  ## what a start of the interpreter costs
 	$(BIN)/python examples/startup_cost.py 60
+
+bench: .venv/ready  ## what an allocator step costs, with the guard and without (some 8 minutes)
+	$(BIN)/python tests/benchmarks/bench.py
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up a virtual environment in .venv (torch, transformers, PEFT: some minutes the first time) ..."

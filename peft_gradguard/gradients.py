@@ -42,22 +42,31 @@ def step_gradients(parameters: Sequence[AdaLoraParameter]) -> StepGradients:
     reasons = {p.name: EXCLUDED if p.excluded else skip_reason(p.parameter) for p in parameters}
     there = [(parameter, parameter.parameter.grad) for parameter in parameters if reasons[parameter.name] is None]
     seen = [(parameter, gradient) for parameter, gradient in there if gradient is not None and not gradient.is_meta]
-    magnitudes = largest_magnitudes([gradient for _, gradient in seen])
-    for (parameter, _), magnitude in zip(seen, magnitudes, strict=True):
+    found = magnitudes([gradient for _, gradient in seen])
+    for (parameter, _), magnitude in zip(seen, found, strict=True):
         if not math.isfinite(magnitude):
             reasons[parameter.name] = NON_FINITE
-    zeroed = bool(seen) and len(seen) == len(there) and not any(magnitudes)
+    zeroed = bool(seen) and len(seen) == len(there) and not any(found)
     if zeroed:
         reasons.update((parameter.name, NO_GRADIENT) for parameter, _ in seen)
     return StepGradients(reasons, zeroed)
 
 
-def largest_magnitudes(tensors: Sequence[torch.Tensor]) -> list[float]:
-    """Return the largest absolute value in each tensor; NaN and inf come through, an empty tensor gives 0.
+def magnitudes(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Return for each tensor a number that is 0 just where all of it is 0, and finite just where all of it is.
 
-    One ``_foreach_norm`` and one synchronisation for each device and data type, instead of one for each tensor. The
-    maximum norm, unlike the Euclidean one, neither overflows for large finite gradients nor vanishes for tiny ones.
+    That is its Euclidean norm, the quickest for torch. Large finite values make it overflow, and tiny ones vanish, so
+    where it says 0 or no number it is the maximum norm, which does neither. An empty tensor gives 0.
     """
+    found = _norms(tensors, 2.0)
+    doubtful = [index for index, norm in enumerate(found) if norm == 0 or not math.isfinite(norm)]
+    for index, norm in zip(doubtful, _norms([tensors[index] for index in doubtful], math.inf), strict=True):
+        found[index] = norm
+    return found
+
+
+def _norms(tensors: Sequence[torch.Tensor], order: float) -> list[float]:
+    """Return the norms with one synchronisation for each device and data type, instead of one for each tensor."""
     found = [0.0] * len(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -65,7 +74,7 @@ def largest_magnitudes(tensors: Sequence[torch.Tensor]) -> list[float]:
             groups.setdefault((tensor.device, tensor.dtype), []).append(index)
     for indices in groups.values():
         with torch.no_grad():
-            norms = torch._foreach_norm([tensors[index] for index in indices], math.inf)
+            norms = torch._foreach_norm([tensors[index] for index in indices], order)
             values = torch.stack(norms).tolist()
         for index, value in zip(indices, values, strict=True):
             found[index] = value

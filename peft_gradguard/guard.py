@@ -1,7 +1,8 @@
 """The wrappers around ``RankAllocator``'s methods: one function per method, each a few lines that read like its rule.
 
 Each calls PEFT's own method with a view of the model, and hands on arguments that it does not know. AdaLoRA's
-arithmetic is PEFT's alone.
+arithmetic is PEFT's: what ``fused.py`` computes in its place has been seen, on the same allocator, to be the same bit
+for bit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .counts import note_step
 from .exclusions import warn_of_unmatched
+from .fused import score
 from .ranking import name_missed_finalising_step, pattern_by_full_name, rank
 from .replaced import is_own, name_replaced_methods
 from .scoring import scoring, scoring_is_due, stop_keeping_gradients
@@ -59,7 +61,7 @@ def update_ipt(wrapped: Callable[..., None], allocator: RankAllocator, args: Arg
         view = _view(allocator, model)
         with scoring(allocator, view) as any_usable:
             if any_usable:
-                wrapped(view, *rest, **more)
+                wrapped(view, *rest, **more) if rest or more else score(allocator, view, wrapped)
 
     guarded(*args, **kwargs)
 

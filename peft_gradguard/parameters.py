@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from .walk import named_parameters
+
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
@@ -48,7 +50,7 @@ class Triplet(NamedTuple):
 
 
 def adalora_parameters(model: torch.nn.Module, adapter: str) -> list[AdaLoraParameter]:
-    """Return the AdaLoRA parameters of ``adapter``, in the model's own order, by one walk over ``named_parameters``.
+    """Return the AdaLoRA parameters of ``adapter``, in the model's own order, by one walk over the model.
 
     The adapter's name is matched exactly. PEFT's own test (``adapter_name in name``) takes the parameters of an adapter
     ``default_eval`` for those of ``default``.
@@ -57,7 +59,7 @@ def adalora_parameters(model: torch.nn.Module, adapter: str) -> list[AdaLoraPara
     width = len(suffixes[0])
     return [
         AdaLoraParameter(name, parameter, name[:-width], name[6 - width])  # type: ignore[arg-type]
-        for name, parameter in model.named_parameters()
+        for name, parameter in named_parameters(model)
         if name.endswith(suffixes)
     ]
 

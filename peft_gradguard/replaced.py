@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from .hooks import METHODS, is_guarded
+from .hooks import METHODS, TARGET, GuardWrapper, is_guarded
 from .skips import memory_of
 
 if TYPE_CHECKING:
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 def is_own(allocator: RankAllocator, name: str) -> bool:
     """Say whether a call of this method reaches the guard first: not so for one assigned later, or overridden."""
     return is_guarded(_found_first(allocator, name))
+
+
+def is_undisturbed(allocator: RankAllocator, name: str) -> bool:
+    """Say whether a call of this method meets the guard and PEFT's code only: nobody else overrides or wraps it."""
+    found = _found_first(allocator, name)
+    wrapped = found.__wrapped__ if type(found) is GuardWrapper else None
+    # What functools.wraps makes has the module's name of what it wraps, but not its globals.
+    return type(wrapped) is FunctionType and str(wrapped.__globals__["__name__"]).startswith(TARGET)
 
 
 def name_replaced_methods(allocator: RankAllocator) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from .errors import NoGradientError
-from .gradients import largest_magnitudes, step_gradients
+from .gradients import magnitudes, step_gradients
 from .late import CAUSES, KeptGradients
 from .parameters import EXCLUDED, FROZEN, NON_FINITE
 from .shards import refuse_flat_parameters, refuse_late_call, require_whole_gradients
@@ -100,7 +100,7 @@ def _nothing_to_score(allocator: RankAllocator, memory: Memory, view: ModelView,
 def _excluded_have_gradients(view: ModelView) -> bool:
     """Say whether the user's exclusions are why there is nothing to score, and not a call that comes too late."""
     gradients = [p.parameter.grad for p in view.adalora_parameters if p.excluded and p.parameter.grad is not None]
-    return any(largest_magnitudes(gradients))
+    return any(magnitudes(gradients))
 
 
 def _none_can_be_scored(

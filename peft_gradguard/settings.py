@@ -1,4 +1,4 @@
-"""From the environment to settings: the one place that reads ``PEFT_GRADGUARD`` and ``PEFT_GRADGUARD_EXCLUDE``.
+"""From the environment to settings: the one place that reads ``PEFT_GRADGUARD`` and the variables named after it.
 
 Imports nothing that an interpreter has not already loaded, because start-up code uses it.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SWITCH = "PEFT_GRADGUARD"
 EXCLUDE = "PEFT_GRADGUARD_EXCLUDE"
+FUSED = "PEFT_GRADGUARD_FUSED"
 ON = ("1", "true", "yes", "on")
 OFF = ("0", "false", "no", "off")
 
@@ -41,6 +42,20 @@ def read_exclusions(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Return the patterns in ``PEFT_GRADGUARD_EXCLUDE``, which commas separate; blanks around them do not matter."""
     patterns = environ.get(EXCLUDE)
     return tuple(pattern for pattern in map(str.strip, patterns.split(",")) if pattern) if patterns else ()
+
+
+def read_fused(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the guard may compute PEFT's scores itself (``fused.py``): yes, unless ``PEFT_GRADGUARD_FUSED=0``.
+
+    Values are read as those of ``PEFT_GRADGUARD`` are.
+    """
+    value = environ.get(FUSED, "").strip().lower()
+    if value and value not in ON + OFF:
+        warn(
+            f"{FUSED}={environ[FUSED]!r} is not understood and is ignored: set it to one of "
+            f"{', '.join(ON)} (score all parameters at once) or {', '.join(OFF)} (leave scoring to PEFT), in any case."
+        )
+    return value not in OFF
 
 
 def _warned_of_at_start() -> str | None:

@@ -14,6 +14,7 @@ from .log import say
 if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
 
+    from .fused import Trust
     from .late import KeptGradients
     from .parameters import SkipReason
     from .view import ModelView
@@ -32,6 +33,8 @@ class Memory:
         """The gradients kept for calls that come after ``zero_grad``; None as long as there was no such call."""
         self.any_usable: bool | None = None
         """Whether there are usable gradients in the scoring under way; None outside one."""
+        self.trust: Trust | None = None
+        """How far the guard may compute PEFT's scores itself; None before the first scoring."""
         self.called = False
         """Whether the allocator was ever called."""
         self.watched = False

@@ -36,6 +36,12 @@ class ModelView(wrapt.ObjectProxy):  # type: ignore[misc, type-arg, unused-ignor
         parameters: list[AdaLoraParameter] = self._self_parameters
         return parameters
 
+    @property
+    def shown(self) -> list[AdaLoraParameter]:
+        """The AdaLoRA parameters that ``named_parameters()`` yields."""
+        parameters: list[AdaLoraParameter] = self._self_shown
+        return parameters
+
     def show(self, parameters: Iterable[AdaLoraParameter]) -> None:
         """Let ``named_parameters()`` yield these from now on."""
         names = {parameter.name for parameter in parameters}

@@ -35,7 +35,7 @@ def require_gradients(allocator: RankAllocator, view: ModelView, at: str) -> Non
             "micro-batch and before engine.step, which frees the gradients; accelerate's (and so Trainer's) backward "
             "calls engine.step by itself, so there every later call comes too late."
         )
-    if not _peft_asks_deepspeed(allocator):
+    if not peft_asks_deepspeed(allocator):
         raise TrainingStackError(
             f"DeepSpeed owns the gradients, but PEFT looks for them in p.grad {at}, because no HfDeepSpeedConfig is "
             "alive: make one of the engine's configuration (transformers.integrations.HfDeepSpeedConfig(config)) and "
@@ -106,7 +106,10 @@ def _holds_gradients(gradients: dict[int, Any] | None) -> bool:
     return gradients is None or any(group is not None for group in gradients.values())
 
 
-def _peft_asks_deepspeed(allocator: RankAllocator) -> bool:
+def peft_asks_deepspeed(allocator: RankAllocator) -> bool:
     """Ask what PEFT's ``update_ipt`` asks; releases that know nothing of DeepSpeed have no such function."""
-    deepspeed_config = getattr(sys.modules[type(allocator).__module__], "deepspeed_config", None)
-    return deepspeed_config is not None and deepspeed_config() is not None
+    for kind in type(allocator).__mro__:
+        deepspeed_config = getattr(sys.modules.get(kind.__module__), "deepspeed_config", None)
+        if deepspeed_config is not None:
+            return deepspeed_config() is not None
+    return False
