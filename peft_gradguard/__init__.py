@@ -9,12 +9,40 @@ from __future__ import annotations
 import os
 import sys
 
+from .counts import keep_history
 from .errors import NoGradientError, TrainingStackError
+from .exclusions import exclude
+from .reports import Report
 from .settings import read_switch
 
 __version__ = "0.1.0"
 
-__all__ = ["NoGradientError", "TrainingStackError", "__version__", "disable", "disabled", "enable", "is_enabled"]
+__all__ = [
+    "NoGradientError",
+    "Report",
+    "TrainingStackError",
+    "__version__",
+    "disable",
+    "disabled",
+    "enable",
+    "exclude",
+    "is_enabled",
+    "keep_history",
+    "report",
+]
+
+
+def report(model: object) -> Report:
+    """Say what trains, what is skipped and where the ranks went: before training (the audit), during it and after.
+
+    ``model``: a ``PeftModel``, an ``AdaLoraModel``, or whatever holds one (DDP, ``torch.compile``, accelerate,
+    DeepSpeed, FSDP, a ``Trainer``). ``print`` what is returned, or see ``Report``. Nothing is changed, and no other
+    process is needed. Steps are counted while the guard is on. Raises ``ValueError`` where there is no AdaLoRA model.
+    """
+    from .audit import build
+
+    return build(model)
+
 
 try:
     from .hooks import disable, disabled, enable, is_enabled

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .parameters import FROZEN, NO_GRADIENT, NON_FINITE, deepspeed_holds_gradient
+from .parameters import EXCLUDED, FROZEN, NO_GRADIENT, NON_FINITE, deepspeed_holds_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,7 @@ def step_gradients(parameters: Sequence[AdaLoraParameter]) -> StepGradients:
     Gradients that DeepSpeed holds are taken as usable, unseen: looking would be a collective, and DeepSpeed leaves out
     overflowed steps by itself.
     """
-    reasons = {parameter.name: skip_reason(parameter.parameter) for parameter in parameters}
+    reasons = {p.name: EXCLUDED if p.excluded else skip_reason(p.parameter) for p in parameters}
     present = [p for p in parameters if reasons[p.name] is None and p.parameter.grad is not None]
     magnitudes = largest_magnitudes([p.parameter.grad for p in present if p.parameter.grad is not None])
     for parameter, magnitude in zip(present, magnitudes, strict=True):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from .counts import note_step
+from .exclusions import warn_of_unmatched
 from .ranking import name_missed_finalising_step, pattern_by_full_name, rank
 from .replaced import is_own, name_replaced_methods
 from .scoring import scoring, scoring_is_due, stop_keeping_gradients
@@ -41,7 +43,9 @@ def update_and_allocate(
         # Where user code has put its own update_ipt in place of the guarded one, it is shown what that would be shown.
         replaced = due and not is_own(allocator, "update_ipt")
         with _call(allocator, model, global_step) as view, scoring(allocator, view) if replaced else nullcontext():
-            return wrapped(view, global_step, force_mask)
+            budget, pattern = wrapped(view, global_step, force_mask)
+        note_step(allocator, view, global_step, not due, budget, pattern)
+        return budget, pattern
 
     return guarded(*args, **kwargs)
 
@@ -82,6 +86,7 @@ def mask_to_budget(
 
     def guarded(model: torch.nn.Module, budget: int) -> RankPattern | None:
         view = _view(allocator, model)
+        warn_of_unmatched(memory_of(allocator), view.adalora_parameters)
         if rank(allocator, view):
             pattern = wrapped(view, budget)
             keep_masks(view, pattern)

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Factor = Literal["A", "B", "E"]
-SkipReason = Literal["frozen", "no gradient", "non-finite gradient", "inside modules_to_save"]
+SkipReason = Literal["frozen", "no gradient", "non-finite gradient", "inside modules_to_save", "excluded"]
 
 FROZEN: SkipReason = "frozen"
 NO_GRADIENT: SkipReason = "no gradient"
 NON_FINITE: SkipReason = "non-finite gradient"
 INSIDE_MODULES_TO_SAVE: SkipReason = "inside modules_to_save"
+EXCLUDED: SkipReason = "excluded"
 
 
 class AdaLoraParameter(NamedTuple):
@@ -34,6 +35,8 @@ class AdaLoraParameter(NamedTuple):
     factor: Factor
     shard: DTensor | None = None
     """Where the parameter was gathered from, if it is only a copy for one allocator call (FSDP2)."""
+    excluded: bool = False
+    """Whether the user has excluded it (``exclusions.py``)."""
 
 
 class Triplet(NamedTuple):
@@ -91,8 +94,8 @@ def modules_inside_modules_to_save(modules: Iterable[str]) -> set[str]:
 
 
 def takes_part(parameter: AdaLoraParameter, scored: Container[str]) -> bool:
-    """Say whether this part of a triplet counts in ranking: it is trainable, and it has been scored."""
-    return parameter.parameter.requires_grad and parameter.name in scored
+    """Say whether this part of a triplet counts in ranking: it is trainable, scored, and not excluded."""
+    return parameter.parameter.requires_grad and parameter.name in scored and not parameter.excluded
 
 
 def ranked_triplets(parameters: Iterable[AdaLoraParameter], scored: Container[str]) -> list[Triplet]:

@@ -26,6 +26,7 @@ class ParameterReport:
     """Its full name in the model (in the saved file, for a saved adapter)."""
     factor: Factor
     shape: tuple[int, ...]
+    """A is (r, in_features), B (out_features, r), E (r, 1); empty where only a flat piece is at hand (FSDP)."""
     trainable: bool
     inside_modules_to_save: bool
     steps_scored: int = 0
@@ -35,6 +36,8 @@ class ParameterReport:
     """The first step at which it was scored, or None."""
     last_step: int | None = None
     """The last step at which it was scored, or None."""
+    excluded: bool = False
+    """Whether the user has excluded it (``peft_gradguard.exclude``)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class ModuleReport:
     reason: SkipReason | None
     """Why it is not ranked, or why parts of it are skipped most often; None where nothing was ever skipped."""
     importance: float | None
-    """The sum of the smoothed importance of its triplets (AdaLoRA paper, section 3.2), or None where not scored."""
+    """The sum of the smoothed importance of its triplets (AdaLoRA paper, section 3.2), or None where not scored.
+
+    After the finalising step, at which PEFT forgets the scores, what it was then.
+    """
     parameters: tuple[ParameterReport, ...]
 
 
@@ -74,7 +80,10 @@ class AdapterReport:
 
     adapter: str
     step: int | None
-    """The last ``global_step`` that its allocator was called with; None before training, or where unknown."""
+    """The last ``global_step`` that its allocator was called with; None before training, or where unknown.
+
+    PEFT does not tell it the steps after the finalising one (``total_step - tfinal``).
+    """
     init_budget: int | None
     """Ranks of the ranked triplets at the start (``RankAllocator.init_bgt``)."""
     budget: int | None
@@ -88,7 +97,7 @@ class AdapterReport:
     advice: tuple[str, ...] = ()
     """Where the structure will hurt, and what to change; one sentence or two each."""
     history: tuple[HistoryPoint, ...] = ()
-    """One point an allocator step, where the history was asked for."""
+    """One point an allocator step up to the finalising one, where asked for (``peft_gradguard.keep_history``)."""
 
 
 @dataclass(frozen=True)

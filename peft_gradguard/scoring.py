@@ -6,9 +6,9 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from .errors import NoGradientError
-from .gradients import step_gradients
+from .gradients import largest_magnitudes, step_gradients
 from .late import CAUSES, KeptGradients
-from .parameters import FROZEN, NON_FINITE
+from .parameters import EXCLUDED, FROZEN, NON_FINITE
 from .shards import refuse_flat_parameters, refuse_late_call, require_whole_gradients
 from .skips import memory_of
 from .zero import require_gradients
@@ -46,6 +46,7 @@ def scoring(allocator: RankAllocator, view: ModelView) -> Iterator[bool]:
             _nothing_to_score(allocator, memory, view, gradients)
         view.show(usable)
         yield bool(usable)
+        memory.counts.add(memory.step, gradients.reasons)
     if memory.kept:
         memory.kept.watch(parameters, backward=not allocator.exp_avg_ipt)
 
@@ -78,16 +79,26 @@ def _nothing_to_score(allocator: RankAllocator, memory: Memory, view: ModelView,
             f"'.lora_A.{allocator.adapter_name}', '.lora_B.{allocator.adapter_name}' or "
             f"'.lora_E.{allocator.adapter_name}'. Was the adapter deleted or merged and unloaded?"
         )
-    if all(reason == FROZEN for reason in reasons.values()):
-        _all_frozen(allocator, memory, reasons, at)
-    elif NON_FINITE in reasons.values():
+    if all(reason in (FROZEN, EXCLUDED) for reason in reasons.values()):
+        _none_can_be_scored(allocator, memory, reasons, at)
+    elif NON_FINITE in reasons.values() or (EXCLUDED in reasons.values() and _excluded_have_gradients(view)):
         _log_skips(memory, reasons)
     else:
         _late_call(allocator, memory, view, gradients, at)
 
 
-def _all_frozen(allocator: RankAllocator, memory: Memory, reasons: dict[str, SkipReason | None], at: str) -> None:
-    if not allocator.exp_avg_ipt:
+def _excluded_have_gradients(view: ModelView) -> bool:
+    """Say whether the user's exclusions are why there is nothing to score, and not a call that comes too late."""
+    gradients = [p.parameter.grad for p in view.adalora_parameters if p.excluded and p.parameter.grad is not None]
+    return any(largest_magnitudes(gradients))
+
+
+def _none_can_be_scored(
+    allocator: RankAllocator, memory: Memory, reasons: dict[str, SkipReason | None], at: str
+) -> None:
+    excluded = EXCLUDED in reasons.values()
+    # Who excludes all that trains wants just that: its full rank.
+    if not allocator.exp_avg_ipt and not excluded:
         raise NoGradientError(
             f"All {len(reasons)} AdaLoRA parameters are frozen (requires_grad is False) and none was ever scored {at}, "
             f"so AdaLoRA has nothing to train. Set requires_grad of those that shall train (for example "
@@ -96,10 +107,12 @@ def _all_frozen(allocator: RankAllocator, memory: Memory, reasons: dict[str, Ski
     _log_skips(memory, reasons)
     memory.warn_once(
         "all frozen",
-        "All %d AdaLoRA parameters are frozen %s: nothing is scored or pruned, and the scores stay as they are, until "
-        "some of them are trainable again.",
+        "All %d AdaLoRA parameters are %s %s: nothing is scored or pruned, and the scores stay as they are, until "
+        "some of them %s again.",
         len(reasons),
+        " or ".join(reason for reason in (EXCLUDED, FROZEN) if reason in reasons.values()),
         at,
+        "take part" if excluded else "are trainable",
     )
 
 

@@ -1,4 +1,4 @@
-"""From the environment to settings: the one place that reads ``PEFT_GRADGUARD``.
+"""From the environment to settings: the one place that reads ``PEFT_GRADGUARD`` and ``PEFT_GRADGUARD_EXCLUDE``.
 
 Imports nothing that an interpreter has not already loaded, because start-up code uses it.
 """
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SWITCH = "PEFT_GRADGUARD"
+EXCLUDE = "PEFT_GRADGUARD_EXCLUDE"
 ON = ("1", "true", "yes", "on")
 OFF = ("0", "false", "no", "off")
 
@@ -34,6 +35,12 @@ def read_switch(environ: Mapping[str, str] = os.environ) -> bool | None:
             f"{', '.join(ON)} (guard on) or {', '.join(OFF)} (guard off), in any case."
         )
     return None
+
+
+def read_exclusions(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Return the patterns in ``PEFT_GRADGUARD_EXCLUDE``, which commas separate; blanks around them do not matter."""
+    patterns = environ.get(EXCLUDE)
+    return tuple(pattern for pattern in map(str.strip, patterns.split(",")) if pattern) if patterns else ()
 
 
 def _warned_of_at_start() -> str | None:

@@ -8,6 +8,8 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from .counts import Counts
+
 if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
 
@@ -33,6 +35,9 @@ class Memory:
         """Whether the allocator was ever called."""
         self.watched = False
         """Whether it will be seen, at the allocator's end, if it was called."""
+        self.counts = Counts()
+        self.judged: set[str] = set()
+        """The patterns of ``exclude`` that were looked at for whether they match anything."""
         self._said: set[str] = set()
 
     def skip(self, name: str, reason: SkipReason) -> None:
@@ -44,7 +49,7 @@ class Memory:
             said_level(),
             "%s is left out of AdaLoRA's %s: %s (adapter %r, step %s). It is said once for each parameter.",
             name,
-            "ranking" if reason == "inside modules_to_save" else "scoring",
+            {"inside modules_to_save": "ranking", "excluded": "scoring and ranking"}.get(reason, "scoring"),
             reason,
             self.adapter,
             "unknown" if self.step is None else self.step,
@@ -68,6 +73,11 @@ def memory_of(allocator: RankAllocator) -> Memory:
     if memory is None:
         memory = _memories.setdefault(allocator, Memory(allocator.adapter_name))
     return memory
+
+
+def known_memory(allocator: RankAllocator) -> Memory | None:
+    """Return the memory of this allocator if there is one already."""
+    return _memories.get(allocator)
 
 
 def said_level() -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from .exclusions import mark_excluded
 from .parameters import adalora_parameters
 from .shards import whole
 
@@ -26,7 +27,7 @@ class ModelView(wrapt.ObjectProxy):  # type: ignore[misc, type-arg, unused-ignor
 
     def __init__(self, model: torch.nn.Module, adapter: str) -> None:
         super().__init__(model)
-        self._self_parameters = whole(adalora_parameters(model, adapter))
+        self._self_parameters = mark_excluded(whole(adalora_parameters(model, adapter)))
         self._self_shown = self._self_parameters
 
     @property

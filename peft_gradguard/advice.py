@@ -1,0 +1,148 @@
+"""Where the structure of a model will hurt AdaLoRA, and what to change. Before training, the audit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .exclusions import PEFT_PREFIX, unmatched_patterns
+from .overlap import cannot_reload_overlap
+from .parameters import triplets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import AdaLoraConfig
+    from peft.tuners.adalora import RankAllocator
+
+    from .parameters import AdaLoraParameter, Triplet
+
+
+def advice(
+    config: AdaLoraConfig,
+    adapter: str,
+    adapters: tuple[str, ...],
+    parameters: list[AdaLoraParameter],
+    inside: set[str],
+    allocator: RankAllocator | None,
+) -> tuple[str, ...]:
+    """Return what to change about this adapter; nothing for one that is only used (it has no allocator)."""
+    if allocator is None:
+        return ()
+    return (
+        *_missing(adapter, parameters),
+        *_overlap(inside),
+        *_names(adapter, adapters, parameters),
+        *_trainable(adapter, parameters),
+        *_schedule(config),
+        *_exclusions(parameters),
+    )
+
+
+def _missing(adapter: str, parameters: list[AdaLoraParameter]) -> Iterator[str]:
+    if not parameters:
+        yield (
+            f"No parameter's name ends with .lora_A.{adapter}, .lora_B.{adapter} or .lora_E.{adapter}: nothing is "
+            "adapted, or FSDP has made flat parameters of them (wrap with use_orig_params=True)."
+        )
+
+
+def _overlap(inside: set[str]) -> Iterator[str]:
+    import peft
+
+    if inside:
+        hurts = (
+            f"PEFT {peft.__version__} cannot load the saved adapter again as it was"
+            if cannot_reload_overlap(peft.__version__)
+            else "PEFT saves them whole, so they are never pruned"
+        )
+        yield (
+            f"{_some(sorted(inside))} {'is' if len(inside) == 1 else 'are'} targeted by AdaLoRA and inside "
+            f"modules_to_save: {hurts}. Narrow target_modules so that it leaves them out."
+        )
+
+
+def _names(adapter: str, adapters: tuple[str, ...], parameters: list[AdaLoraParameter]) -> Iterator[str]:
+    longer = [other for other in adapters if other != adapter and adapter in other]
+    if longer:
+        yield (
+            f"The name of adapter {_some(list(map(repr, longer)))} contains {adapter!r}: PEFT takes the parameters of "
+            "the one for those of the other, in its regulariser and when it saves. Choose names of which none contains "
+            "another."
+        )
+    modules = [parameter.module for parameter in parameters if adapter in parameter.module]
+    if modules:
+        yield (
+            f"The adapter's name {adapter!r} occurs in names of modules ({modules[0]}): PEFT mixes the two up "
+            "where it tells them apart by the adapter's name, and save_pretrained fails. Choose another name."
+        )
+
+
+def _trainable(adapter: str, parameters: list[AdaLoraParameter]) -> Iterator[str]:
+    trainable = [parameter for parameter in parameters if parameter.parameter.requires_grad]
+    if parameters and not trainable:
+        yield (
+            f"Nothing is trainable: all {len(parameters)} AdaLoRA parameters are frozen, and update_and_allocate will "
+            f"raise NoGradientError. model.set_adapter({adapter!r}) makes them trainable."
+        )
+    by_factors: dict[str, list[str]] = {}
+    for triplet in triplets(parameters):
+        by_factors.setdefault(_trains(triplet), []).append(triplet.E.module)
+    pinned = [module for factors in ("A", "B", "AB") for module in by_factors.get(factors, [])]
+    if pinned:
+        yield (
+            f"lora_E of {_some(pinned)} is frozen while lora_A or lora_B trains: the module is never ranked, and keeps "
+            "its full rank. Freeze the whole triplet, or none of it."
+        )
+    if "E" in by_factors:
+        yield (
+            f"Only lora_E of {_some(by_factors['E'])} trains: the module is never ranked, and keeps its full rank. Let "
+            "lora_A or lora_B train too, or freeze the whole triplet."
+        )
+    half = by_factors.get("AE", []) + by_factors.get("BE", [])
+    if half:
+        yield (
+            f"One of lora_A and lora_B of {_some(half)} is frozen: the other one and lora_E alone decide which ranks "
+            "are pruned. Freeze the whole triplet or none of it, unless that is meant."
+        )
+
+
+def _trains(triplet: Triplet) -> str:
+    """Return the factors that train, such as ``"AE"``."""
+    return "".join(part.factor for part in triplet if part.parameter.requires_grad)
+
+
+def _schedule(config: AdaLoraConfig) -> Iterator[str]:
+    if config.target_r >= config.init_r:
+        yield (
+            f"target_r={config.target_r} is not below init_r={config.init_r}: there is nothing to prune, and PEFT "
+            "fails at its first masking step. Choose a target_r below init_r, or plain LoRA."
+        )
+    total: int | None = config.total_step
+    if total is None:
+        yield (
+            "total_step is not set: PEFT fails at the first update_and_allocate. Set it to the number of optimizer "
+            "steps of the whole training."
+        )
+    elif config.tinit + config.tfinal >= total:
+        yield (
+            f"tinit={config.tinit} and tfinal={config.tfinal} leave none of the total_step={total} steps for pruning. "
+            "Set total_step to the number of optimizer steps of the whole training, or lower tinit or tfinal."
+        )
+
+
+def _exclusions(parameters: list[AdaLoraParameter]) -> Iterator[str]:
+    unmatched = unmatched_patterns(parameters) if parameters else []
+    if unmatched:
+        yield (
+            f"Nothing is excluded by {_some(list(map(repr, unmatched)))}: patterns are matched with whole names, such "
+            f"as {PEFT_PREFIX}{parameters[0].name}."
+        )
+    elif parameters and all(parameter.excluded for parameter in parameters):
+        yield "Everything is excluded: no rank will be pruned, as in plain LoRA."
+
+
+def _some(names: list[str]) -> str:
+    """Name one or two, and say how many more there are."""
+    if len(names) <= 2:
+        return " and ".join(names)
+    return f"{names[0]} and {len(names) - 1} more"
