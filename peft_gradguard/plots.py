@@ -113,8 +113,8 @@ def plot_history(adapter: AdapterReport, path: str | os.PathLike[str] | None = N
     ending = _ending(path)
     if not adapter.history:
         raise ValueError(
-            f"There is no history of adapter {adapter.adapter!r} to draw. Ask for one before training starts: "
-            f"peft_gradguard.keep_history(model)."
+            f"There is no history of adapter {adapter.adapter!r} to draw: call peft_gradguard.keep_history() before "
+            "training starts, and report(model) after it, in the same process."
         )
     # The last step lasts as long as the others.
     last = adapter.history[-1]

@@ -222,6 +222,11 @@ def test_history(tmp_path: Path) -> None:
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_history() -> None:
+    with pytest.raises(ValueError, match=r"call peft_gradguard\.keep_history\(\) before training"):
+        plot_history(adapter(HEAD))
+
+
 def test_history_of_one_step() -> None:
     upper = plot_history(adapter(HEAD, history=HISTORY[:1]))
     assert list(upper.lines[0].get_xdata()) == [1, 2]
