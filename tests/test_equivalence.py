@@ -86,6 +86,21 @@ def test_frozen_layer_is_allocated_as_if_it_were_not_there(plain: Callable[..., 
     assert all(torch.equal(guarded.weights[name], narrow.weights[name]) for name in shared)
 
 
+def test_excluded_layer_is_allocated_as_if_it_were_not_there(plain: Callable[..., Any]) -> None:
+    import peft_gradguard
+
+    # It trains on, and must add nothing to what the others see.
+    scenario = classifier(prepare=without_contribution, before_step=without_contribution, regularised=False)
+    initial = adapter_weights(build(scenario))
+    with peft_gradguard.exclude(f"*.{FROZEN_LAYER}*"):
+        excluded = train(scenario)
+    narrow = plain(train_without_layer, initial)
+    assert_same_training(excluded, narrow)
+    shared = {name for name in narrow.weights if ".lora_" in name}
+    assert len(shared) == 12
+    assert all(torch.equal(excluded.weights[name], narrow.weights[name]) for name in shared)
+
+
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_model_trains_bit_for_bit_as_without_the_guard(
     name: str, plain: Callable[..., Any], caplog: pytest.LogCaptureFixture
