@@ -160,7 +160,7 @@ def grid_of(modules: Sequence[ModuleReport]) -> Grid:
 
 
 def row_labels(kinds: Iterable[str]) -> dict[str, str]:
-    """Return a short label for each kind of matrix, with its stack in front where there are several.
+    """Return a short label for each kind of matrix, with its stack in front where several have matrices named alike.
 
     ``encoder.block.*.layer.0.SelfAttention.q`` is ``encoder: q`` beside a decoder, else ``q``, or ``SelfAttention.q``
     where another attention has a ``q`` too.
@@ -170,11 +170,15 @@ def row_labels(kinds: Iterable[str]) -> dict[str, str]:
         stack = _stack(kind)
         stacks.setdefault(stack, {})[kind] = kind[len(stack) :].removeprefix(".*").removeprefix(".")
     names = _without_common_parts([stack for stack in stacks if stack])
+    ends = [end for stack in names for end in {rest.rpartition(".")[2] for rest in stacks[stack].values() if rest}]
+    alike = len(ends) > len(set(ends))
     labels = {}
     for stack, rests in stacks.items():
-        short = short_labels(rests.values())
+        # What stands in no layer must not be taken for what does.
+        others = [] if stack else [rest for more in stacks.values() for rest in more.values()]
+        short = short_labels([*rests.values(), *others])
         for kind, rest in rests.items():
-            front = names.get(stack, "") if len(names) > 1 or not rest else ""
+            front = names.get(stack, "") if alike or not rest else ""
             labels[kind] = _shortened(": ".join(filter(None, [front, short[rest]])))
     return labels
 

@@ -175,6 +175,8 @@ def test_short_row_labels() -> None:
     assert list(row_labels(kinds).values()) == [
         "encoder: q", "decoder: SelfAttention.q", "decoder: EncDecAttention.q", "lm_head",
     ]  # fmt: skip
+    assert list(row_labels(["vit.layers.*.mlp.fc1", "trunk.*", "branch.*"]).values()) == ["fc1", "trunk", "branch"]
+    assert list(row_labels(["encoder.layer.*.dense", "pooler.dense"]).values()) == ["dense", "pooler.dense"]
     assert row_labels(["trunk.*", "branch.*"]) == {"trunk.*": "trunk", "branch.*": "branch"}
     assert all(len(label) <= 44 for label in row_labels(f"layers.*.{kind}" for kind in LONG).values())
 
