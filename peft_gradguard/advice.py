@@ -31,7 +31,7 @@ def advice(
     return (
         *_missing(adapter, parameters),
         *_overlap(inside),
-        *_names(adapter, adapters, parameters),
+        *_names(adapter, adapters, [p.module for p in parameters if p.module not in inside]),
         *_trainable(adapter, parameters),
         *_schedule(config),
         *_exclusions(parameters),
@@ -61,7 +61,7 @@ def _overlap(inside: set[str]) -> Iterator[str]:
         )
 
 
-def _names(adapter: str, adapters: tuple[str, ...], parameters: list[AdaLoraParameter]) -> Iterator[str]:
+def _names(adapter: str, adapters: tuple[str, ...], modules: list[str]) -> Iterator[str]:
     longer = [other for other in adapters if other != adapter and adapter in other]
     if longer:
         yield (
@@ -69,10 +69,10 @@ def _names(adapter: str, adapters: tuple[str, ...], parameters: list[AdaLoraPara
             "the one for those of the other, in its regulariser and when it saves. Choose names of which none contains "
             "another."
         )
-    modules = [parameter.module for parameter in parameters if adapter in parameter.module]
-    if modules:
+    alike = [module for module in modules if adapter in module]
+    if alike:
         yield (
-            f"The adapter's name {adapter!r} occurs in names of modules ({modules[0]}): PEFT mixes the two up "
+            f"The adapter's name {adapter!r} occurs in names of modules ({alike[0]}): PEFT mixes the two up "
             "where it tells them apart by the adapter's name, and save_pretrained fails. Choose another name."
         )
 

@@ -186,13 +186,13 @@ def _left_section(
 
 def _reasons(module: ModuleReport) -> dict[SkipReason, list[ParameterReport]]:
     """Return why parts of the module are or were left out."""
+    if not module.ranked and module.reason == "inside modules_to_save":
+        return {module.reason: list(module.parameters)}
     found: dict[SkipReason, list[ParameterReport]] = {}
     for parameter in module.parameters:
         for reason in parameter.steps_skipped:
             found.setdefault(reason, []).append(parameter)
         now: SkipReason | None = "excluded" if parameter.excluded else None if parameter.trainable else "frozen"
-        if parameter.inside_modules_to_save and not module.ranked:
-            now = "inside modules_to_save"
         if now and now not in parameter.steps_skipped:
             found.setdefault(now, []).append(parameter)
     if not module.ranked and module.reason and not found:

@@ -41,6 +41,7 @@ from scenarios import (
 from torch import nn
 
 import peft_gradguard
+from peft_gradguard import counts as guard_counts
 from peft_gradguard import tables
 from peft_gradguard.skips import known_memory
 
@@ -55,9 +56,10 @@ FIRST_MASKING = TINIT + 1 + (TINIT + 1) % DELTA
 
 @pytest.fixture
 def history() -> Iterator[None]:
+    before = guard_counts._keep_history
     peft_gradguard.keep_history()
     yield
-    peft_gradguard.keep_history(False)
+    peft_gradguard.keep_history(before)
 
 
 @pytest.fixture
@@ -366,6 +368,7 @@ def test_advice_on_exclusions(model: peft.PeftModel) -> None:
 @pytest.mark.skipif(PEFT_VERSION >= (0, 16), reason="PEFT since 0.16 does not target modules in modules_to_save")
 def test_advice_on_the_overlap_with_modules_to_save() -> None:
     adapter = only(build(SCENARIOS["head targeted and in modules_to_save"]))
+    assert len(adapter.advice) == 1
     assert "inside modules_to_save: PEFT" in adapter.advice[0]
     inside = {m.name for m in adapter.modules if m.reason == "inside modules_to_save" and not m.ranked}
     assert "classifier.modules_to_save.default.dense" in inside
@@ -419,6 +422,18 @@ def test_pieces_of_parameters_are_reported_as_far_as_known(model: peft.PeftModel
     assert str(peft_gradguard.report(model))
 
 
+def test_values_that_are_not_there_are_not_asked_for(model: peft.PeftModel) -> None:
+    advance(model, 1, 2)
+    # As a DTensor, of which this process has a part.
+    model.base_model.rankallocator.exp_avg_ipt["trunk.0.lora_E.default"].full_tensor = None
+    found = modules(only(model))
+    assert found["trunk.0"].importance is None
+    assert found["trunk.2"].importance is not None
+    model.base_model.model.to("meta")
+    model.base_model.rankallocator.reset_ipt()
+    assert {module.rank_kept for module in only(model).modules} == {INIT_R}
+
+
 def test_report_is_plain_data(model: peft.PeftModel) -> None:
     advance(model, 1, branch=False)
     report = peft_gradguard.report(model)
@@ -453,9 +468,11 @@ def test_tables_fit_the_terminal(columns: int, phase: str, monkeypatch: pytest.M
     config = adalora_config(target_modules=r".*(projection_of_some_length|no_layer)", init_r=12)
     model = peft.get_peft_model(Deep(), config)
     if phase == "excluded":
-        with peft_gradguard.exclude("*right*q_projection*"):
+        with peft_gradguard.exclude("*right*q_projection*", f"begin{'_of_a_long_pattern' * 5}_end"):
             text = str(peft_gradguard.report(model))
         assert "excluded" in text
+        # Cut in its middle, not broken.
+        assert [word for word in text.split() if word.startswith("'begin_") and word.endswith("_end':")]
     elif phase == "pruned":
         names = [name for name, _ in model.base_model.model.named_parameters() if ".lora_E." in name]
         model.peft_config["default"].rank_pattern = {name: [i % 7 == 0] * 12 for i, name in enumerate(names)}
