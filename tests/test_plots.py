@@ -128,6 +128,8 @@ def test_nothing_is_cut_off_and_no_words_overlap(modules: list[ModuleReport]) ->
         assert box.y0 >= 0
         assert box.x1 <= figure.bbox.width
         assert box.y1 <= figure.bbox.height
+    drawn = figure.get_tightbbox(renderer)
+    assert (figure.get_size_inches() - (drawn.width, drawn.height)).max() < 0.3, "room is wasted"
     for index, box in enumerate(boxes):
         for other, text in zip(boxes[:index], texts, strict=False):
             assert not box.padded(-1).overlaps(other.padded(-1)), (texts[index].get_text(), text.get_text())
