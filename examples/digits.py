@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).resolve().parent.parent / "demo-adapter"
 PRETRAINED = FOLDER / "pretrained"
 LOGITS = FOLDER / "logits.pt"
+PICTURE = FOLDER.parent / "docs" / "ranks.png"
 RELOAD = "--reload"
 
 PRETRAINING_STEPS, STEPS, BATCH = 200, 400, 64
@@ -249,20 +250,6 @@ def show_records(records: Iterable[logging.LogRecord]) -> None:
         print(f"    step {step}   {module:<29}   lora_{', lora_'.join(sorted(names))}   {reason}")
 
 
-def show_ranks(model: peft.PeftModel) -> str:
-    """Print the ranks kept in each module; return the sum in words."""
-    pattern = model.peft_config["default"].rank_pattern
-    print("\nRanks kept of each triplet:")
-    for name, E in model.base_model.model.named_parameters():
-        if name.endswith(".lora_E.default"):
-            kept = sum(pattern[name]) if name in pattern else len(E)
-            bar = "#" * kept + "." * (len(E) - kept)
-            note = "" if name in pattern else "   frozen, so not ranked"
-            print(f"    {name.removesuffix('.lora_E.default'):<29}   {kept} of {len(E)}   {bar}{note}")
-    everything = [kept for ranks in pattern.values() for kept in ranks]
-    return f"{sum(everything)} of {len(everything)} ranks kept"
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
     model.eval()
@@ -324,8 +311,10 @@ def demo(train: Digits, test: Digits) -> None:
 
     heading("3. The guard: import peft_gradguard")
     model = train_guarded(train)
-    ranks = show_ranks(model)
-    print(f"    {ranks}, where ranked")
+    report = peft_gradguard.report(model)
+    print(f"\n{report}\n")
+    report.plot(PICTURE)
+    print(f"The same as a picture: {PICTURE.relative_to(PICTURE.parent.parent)}")
     reached = accuracy(model, test)
     print(f"\nAccuracy on {len(test.labels)} held-out digits: {reached:.1%}")
     if reached < NEEDED_ACCURACY:
@@ -336,7 +325,10 @@ def demo(train: Digits, test: Digits) -> None:
     torch.save(exact_logits(model, test), LOGITS)
     reload_in_plain_peft()
 
-    print(f"\nWith the guard AdaLoRA ran to its end: {reached:.1%} right, {ranks}, and plain PEFT loads the result.")
+    modules = report.adapters[0].modules
+    ranks = f"{sum(m.rank_kept for m in modules if m.ranked)} of {sum(m.rank_started for m in modules if m.ranked)}"
+    print(f"\nWith the guard AdaLoRA ran to its end: {reached:.1%} right, {ranks} ranks kept where it ranks,")
+    print("and plain PEFT loads the result.")
 
 
 def quieten() -> None:

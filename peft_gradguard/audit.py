@@ -37,13 +37,14 @@ HOLDERS = ("module", "_orig_mod", "model", "base_model")
 
 def build(model: object) -> Report:
     """Return the report of all AdaLoRA adapters in ``model``; see ``peft_gradguard.report``."""
-    tuners = list(dict.fromkeys(_tuners(model)))
+    tuners = list(dict.fromkeys(tuners_in(model)))
     if not tuners:
         raise ValueError(_nothing_found(model))
     return Report(tuple(_adapter(tuner, name) for tuner in tuners for name in tuner.peft_config))
 
 
-def _tuners(holder: object, depth: int = 0) -> Iterator[AdaLoraModel]:
+def tuners_in(holder: object, depth: int = 0) -> Iterator[AdaLoraModel]:
+    """Yield the AdaLoRA models in a model, or in what holds one; the same one may come more than once."""
     from peft.tuners.adalora import AdaLoraModel
 
     if isinstance(holder, torch.nn.Module):
@@ -52,7 +53,7 @@ def _tuners(holder: object, depth: int = 0) -> Iterator[AdaLoraModel]:
         for name in HOLDERS:
             inner = getattr(holder, name, None)
             if inner is not None:
-                yield from _tuners(inner, depth + 1)
+                yield from tuners_in(inner, depth + 1)
 
 
 def _nothing_found(model: object) -> str:

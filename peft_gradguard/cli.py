@@ -1,4 +1,4 @@
-"""The command ``peft-gradguard``: run a command under the guard, or say whether the guard is on.
+"""The command ``peft-gradguard``: run a command under the guard, say whether it is on, or inspect a saved adapter.
 
 Imports neither the guard nor wrapt: ``status`` is there to say what is missing.
 """
@@ -23,6 +23,9 @@ AUTOLOAD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "autoload")
 CANNOT_RUN, NOT_FOUND = 126, 127
 """The exit statuses of a shell."""
 
+FAILED = 2
+"""The exit status of ``inspect`` where there is nothing to show."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for, and return the exit status."""
@@ -33,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not command:
             parser.error("run: the command to run is missing")
         return run(command, guarded_environment(os.environ))
+    if options.action == "inspect":
+        return inspect(options.path, options.adapter, options.plot, as_json=options.json)
     from .status import report
 
     return report(as_json=options.json)
@@ -72,6 +77,20 @@ def _become(command: list[str], environ: dict[str, str]) -> NoReturn:
     os.execvpe(command[0], command, environ)
 
 
+def inspect(path: str, adapter: str | None, picture: str | None, as_json: bool) -> int:
+    """Print the report of a saved adapter, and draw it where a file for the picture is given."""
+    from .saved import SavedAdapterError, read
+
+    try:
+        report = read(path, adapter)
+        if picture is not None:
+            report.plot(picture, adapter=adapter)
+    except (SavedAdapterError, ValueError, ImportError, OSError) as error:
+        return _fail(f"inspect: {error}", FAILED)
+    print(report.to_json(indent=2) if as_json else report)
+    return 0
+
+
 def _fail(message: str, status: int) -> int:
     print(f"peft-gradguard: {message}", file=sys.stderr)
     return status
@@ -79,7 +98,7 @@ def _fail(message: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-gradguard", description=__doc__.partition("\n")[0] if __doc__ else None)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{run,status}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{run,status,inspect}")
     run = actions.add_parser(
         "run",
         help="run a command with the guard on in it and in all that it starts",
@@ -95,4 +114,14 @@ def _parser() -> argparse.ArgumentParser:
         "2 on but not applied.",
     )
     status.add_argument("--json", action="store_true", help="the same for programs, as one JSON object")
+    inspect = actions.add_parser(
+        "inspect",
+        help="show which ranks a saved adapter has kept, without its model",
+        description="Show which ranks a saved AdaLoRA adapter has kept, module by module. Needs only the folder that "
+        "save_pretrained wrote, and no model. Exit status: 0, or 2 where there is no such adapter.",
+    )
+    inspect.add_argument("path", metavar="PATH", help="the folder with adapter_config.json")
+    inspect.add_argument("--adapter", metavar="NAME", help="only this one of the adapters in the folder")
+    inspect.add_argument("--plot", metavar="FILE", help="draw the ranks, as .png or .svg (needs matplotlib)")
+    inspect.add_argument("--json", action="store_true", help="the same for programs, as one JSON object")
     return parser

@@ -27,7 +27,7 @@ def place(module: str) -> Place:
 
 
 def short_labels(names: Iterable[str]) -> dict[str, str]:
-    """Return for each dotted name the shortest end of it that no other one shares, ``*`` never at its front."""
+    """Return for each dotted name the shortest end that no other one shares, with a word at its front."""
     names = list(dict.fromkeys(names))
     labels = {}
     for name in names:
@@ -35,7 +35,7 @@ def short_labels(names: Iterable[str]) -> dict[str, str]:
         for count in range(1, len(parts) + 1):
             end = parts[-count:]
             shared = sum(other.split(".")[-count:] == end for other in names)
-            if shared == 1 and end[0] != "*":
+            if shared == 1 and end[0] != "*" and not end[0].isdecimal():
                 break
         labels[name] = ".".join(end)
     return labels

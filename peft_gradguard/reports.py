@@ -98,6 +98,8 @@ class AdapterReport:
     """Where the structure will hurt, and what to change; one sentence or two each."""
     history: tuple[HistoryPoint, ...] = ()
     """One point an allocator step up to the finalising one, where asked for (``peft_gradguard.keep_history``)."""
+    saved: bool = False
+    """Whether it was read from a saved adapter, which tells ranks and shapes, and not what was trained or when."""
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,15 @@ def summary(adapter: AdapterReport) -> list[str]:
     parameters = [parameter for module in modules for parameter in module.parameters]
     trainable = sum(parameter.trainable for parameter in parameters)
     started, kept = (sum(getattr(module, field) for module in modules) for field in ("rank_started", "rank_kept"))
-    lines = [
-        f"{_number(len(modules), 'module')}, {_number(len(parameters), 'AdaLoRA parameter')}, "
-        f"{'all' if trainable == len(parameters) else trainable or 'none'} trainable",
-        f"{kept} of {started} ranks kept",
-    ]
-    if adapter.init_budget is not None:
+    counted = f"{_number(len(modules), 'module')}, {_number(len(parameters), 'AdaLoRA parameter')}"
+    if not adapter.saved:
+        counted += f", {'all' if trainable == len(parameters) else trainable or 'none'} trainable"
+    lines = [counted, f"{kept} of {started} ranks kept"]
+    if adapter.saved:
+        if ranked and adapter.unranked_ranks:
+            others = _number(len(modules) - len(ranked), "module")
+            lines.append(f"{adapter.unranked_ranks} of them in {others} not ranked")
+    elif adapter.init_budget is not None:
         now = "?" if adapter.budget is None else adapter.budget
         if not ranked:
             return [*lines, "nothing is ranked, so nothing is pruned", _scored(adapter, parameters)]
@@ -80,11 +83,15 @@ def sections(adapter: AdapterReport) -> list[Section]:
 
 
 def has_begun(adapter: AdapterReport) -> bool:
-    """Say whether the report is one of a training under way or done, not an audit before it."""
-    return adapter.step is not None or any(
-        parameter.steps_scored or parameter.steps_skipped
-        for module in adapter.modules
-        for parameter in module.parameters
+    """Say whether the report is one of a training under way or done, or of what it left, not an audit before it."""
+    return (
+        adapter.saved
+        or adapter.step is not None
+        or any(
+            parameter.steps_scored or parameter.steps_skipped
+            for module in adapter.modules
+            for parameter in module.parameters
+        )
     )
 
 

@@ -1,0 +1,228 @@
+"""From a saved adapter's folder to its report: no model is needed, and no tensor is kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .parameters import INSIDE_MODULES_TO_SAVE
+from .reports import AdapterReport, ModuleReport, ParameterReport, Report
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
+    from .parameters import Factor
+
+CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PEFT_PREFIX = "base_model.model."
+DEFAULT = "default"
+"""PEFT saves the adapter of this name in the folder itself, and others in folders of their names inside of it."""
+
+NO_PATTERN = (
+    f"No ranks were allocated: {CONFIG} has no rank_pattern. Either the adapter was saved before the first pruning "
+    "step (after tinit, every deltaT steps), or update_and_allocate was never called."
+)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class SavedAdapterError(Exception):
+    """What is wrong with the folder, in one sentence, with what to do."""
+
+
+class Tensor(NamedTuple):
+    """One factor of one triplet in the file."""
+
+    name: str
+    module: str
+    factor: Factor
+    shape: tuple[int, ...]
+
+
+def read(path: str | os.PathLike[str], adapter: str | None = None) -> Report:
+    """Return the report of the AdaLoRA adapters that ``save_pretrained`` left in this folder.
+
+    ``adapter``: only this one. Of what a report holds the files tell the shapes, the ranks started with and kept, and
+    what is not ranked; the rest is empty. ``SavedAdapterError`` where the folder does not hold what it should.
+    """
+    found = _folders(Path(path), str(path))
+    if adapter is not None:
+        if adapter not in found:
+            raise SavedAdapterError(
+                f"{path}: there is no adapter {adapter!r} in it, only {', '.join(map(repr, found))}"
+            )
+        return Report((_adapter(found[adapter], adapter),))
+    reports = {name: _adapter_or_problem(folder, name) for name, folder in found.items()}
+    adapters = [report for report in reports.values() if isinstance(report, AdapterReport)]
+    if adapters and len(reports) > 1:
+        # Of several, those that are not AdaLoRA adapters are not what was asked about.
+        return Report(tuple(adapters))
+    for report in reports.values():
+        if isinstance(report, SavedAdapterError):
+            raise report
+    return Report(tuple(adapters))
+
+
+def _folders(path: Path, given: str) -> dict[str, Path]:
+    """Return the folders of the adapters in here, by the adapters' names."""
+    if not path.exists():
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", given)
+        raise SavedAdapterError(
+            f"{given}: no such folder"
+            + ("; an adapter on a hub must be downloaded first (huggingface_hub.snapshot_download)" if hub else "")
+        )
+    if not path.is_dir():
+        raise SavedAdapterError(f"{given}: is a file; give the folder that holds it")
+    inside = {folder.name: folder for folder in sorted(path.iterdir()) if (folder / CONFIG).is_file()}
+    checkpoints = [name for name in inside if name.startswith("checkpoint-")]
+    found = {name: folder for name, folder in inside.items() if name not in checkpoints}
+    if (path / CONFIG).is_file():
+        found = {DEFAULT: path, **found}
+    if not found:
+        hint = f"; give one of the folders inside of it: {', '.join(checkpoints)}" if checkpoints else ""
+        raise SavedAdapterError(f"{given}: is not a saved adapter, it has no {CONFIG}{hint}")
+    return found
+
+
+def _adapter(folder: Path, name: str) -> AdapterReport:
+    config = _config(folder)
+    pattern = _pattern(folder, config)
+    tensors = _tensors(_shapes(folder))
+    if not tensors:
+        raise SavedAdapterError(f"{folder}: its weights hold no AdaLoRA parameters")
+    to_save = tuple(config.get("modules_to_save") or ())
+    modules = []
+    advice = [] if pattern else [NO_PATTERN]
+    for module, parts in _in_order(tensors):
+        rows = _rank(parts)
+        flags = pattern.get(module)
+        started, kept = (rows, rows) if flags is None else (len(flags), sum(flags))
+        if rows not in (started, kept):
+            advice.append(
+                f"{module}: {CONFIG} says that {kept} of {started} ranks are kept, but the weights have {rows}; PEFT "
+                "will not load them. Save the adapter again."
+            )
+        inside = any(parent.endswith(to_save) for parent in _parents(module))
+        modules.append(
+            ModuleReport(
+                name=module,
+                rank_started=started,
+                rank_kept=kept,
+                ranked=flags is not None,
+                reason=INSIDE_MODULES_TO_SAVE if inside else None,
+                importance=None,
+                # The files do not tell what was trainable. What is saved inactive (inference_mode) can be trained on.
+                parameters=tuple(ParameterReport(p.name, p.factor, p.shape, True, inside) for p in parts),
+            )
+        )
+    missing = [module for module in pattern if module not in {m.name for m in modules}]
+    if missing:
+        raise SavedAdapterError(
+            f"{folder}: the weights of {missing[0]}, which {CONFIG} names, are missing"
+            + (f", and of {len(missing) - 1} more" if missing[1:] else "")
+        )
+    ranked = [module for module in modules if module.ranked]
+    return AdapterReport(
+        adapter=name,
+        step=None,
+        init_budget=sum(module.rank_started for module in ranked) if ranked else None,
+        budget=None,
+        target_budget=config["target_r"] * len(ranked) if ranked and "target_r" in config else None,
+        unranked_ranks=sum(module.rank_kept for module in modules if not module.ranked),
+        modules=tuple(modules),
+        advice=tuple(advice),
+        saved=True,
+    )
+
+
+def _adapter_or_problem(folder: Path, name: str) -> AdapterReport | SavedAdapterError:
+    try:
+        return _adapter(folder, name)
+    except SavedAdapterError as error:
+        return error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SavedAdapterError(f"{folder / CONFIG}: cannot be read ({error})") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind is None:
+        raise SavedAdapterError(f"{folder / CONFIG}: is not a PEFT configuration, it names no peft_type")
+    if kind != "ADALORA":
+        raise SavedAdapterError(f"{folder}: holds a {kind} adapter, not an AdaLoRA one")
+    return dict(config)
+
+
+def _shapes(folder: Path) -> Shapes:
+    for file, shapes in ((folder / WEIGHTS, _safetensors), (folder / OLD_WEIGHTS, _pickled)):
+        if file.exists():
+            try:
+                return shapes(file)
+            except Exception as error:
+                # Each library has its own errors for what is damaged, some of them with many lines of advice.
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise SavedAdapterError(f"{file}: is damaged or cannot be read ({reason})") from error
+    raise SavedAdapterError(f"{folder}: its weights are missing, there is neither {WEIGHTS} nor {OLD_WEIGHTS}")
+
+
+def _safetensors(file: Path) -> Shapes:
+    from safetensors import safe_open
+
+    # Only the header is read, and torch is not needed.
+    with safe_open(file, "numpy") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+def _pickled(file: Path) -> Shapes:
+    import torch
+
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _tensors(shapes: Shapes) -> list[Tensor]:
+    found = []
+    for name, shape in shapes.items():
+        # Saved names end with the factor; those of the file of a Trainer that saves by itself with the adapter too.
+        match = re.fullmatch(r"(.+)\.lora_([ABE])(\.[^.]+)?", name)
+        if match:
+            found.append(Tensor(name, match[1].removeprefix(PEFT_PREFIX), match[2], shape))  # type: ignore[arg-type]
+    return found
+
+
+def _pattern(folder: Path, config: dict[str, Any]) -> dict[str, list[bool]]:
+    """Return ``rank_pattern`` by module: its names end with ``.lora_E``, and where not cut, with the adapter."""
+    pattern = config.get("rank_pattern") or {}
+    if not isinstance(pattern, dict) or not all(isinstance(flags, list) for flags in pattern.values()):
+        raise SavedAdapterError(
+            f"{folder / CONFIG}: its rank_pattern is not AdaLoRA's, a list of flags for each module"
+        )
+    return {name.partition(".lora_E")[0]: flags for name, flags in pattern.items()}
+
+
+def _rank(parts: Iterable[Tensor]) -> int:
+    """Return the rank that the tensors have: A is ``(r, in)``, B ``(out, r)``, E ``(r, 1)``."""
+    ranks = [part.shape[1 if part.factor == "B" else 0] for part in parts if len(part.shape) > (part.factor == "B")]
+    return min(ranks, default=0)
+
+
+def _parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _in_order(tensors: Iterable[Tensor]) -> list[tuple[str, list[Tensor]]]:
+    """Group by module, layer 2 before layer 10: files and ``rank_pattern`` are sorted by name, letter by letter."""
+    modules: dict[str, list[Tensor]] = {}
+    for tensor in sorted(tensors, key=lambda t: (_by_number(t.module), t.factor)):
+        modules.setdefault(tensor.module, []).append(tensor)
+    return list(modules.items())
+
+
+def _by_number(module: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in module.split(".")]

@@ -1,0 +1,103 @@
+"""What README and docs say can be done: every Python block runs, every command exists, every link leads somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_docs import STACKS, blocks
+from scenarios import PEFT_VERSION
+
+from peft_gradguard import cli, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [page for page in PAGES if page.name != STACKS]
+
+
+@pytest.mark.skipif(PEFT_VERSION < (0, 18), reason="the docs are written for a PEFT of today")
+@pytest.mark.parametrize("pages", [[ROOT / "docs" / STACKS], OTHERS], ids=["training stacks", "others"])
+def test_python_blocks_run(pages: list[Path], tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    environ = {**os.environ, "PYTHONPATH": path}
+    environ.pop("PEFT_GRADGUARD", None)
+    command = [sys.executable, str(ROOT / "tests" / "run_docs.py"), *map(str, pages)]
+    found = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, (found.stdout + found.stderr)[-4000:]
+    ran = re.findall(r"^(.+\.md), line (\d+)$", found.stdout, re.MULTILINE)
+    assert ran == [(page.name, str(line)) for page in pages for line, _ in blocks(page, "python")]
+
+
+def commands(page: Path) -> list[list[str]]:
+    return [shlex.split(line, comments=True) for _, block in blocks(page, "sh") for line in block.splitlines() if line]
+
+
+def assert_exists(command: list[str]) -> None:
+    while re.fullmatch(r"[A-Z_]+=.*", command[0]):
+        assert command[0].partition("=")[0] in (settings.SWITCH, settings.EXCLUDE, "PYTHONPATH"), command
+        command = command[1:]
+    name, *arguments = command
+    if name == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(arguments) <= set(targets), command
+    elif name == "peft-gradguard":
+        # argparse ends the program where it does not know something.
+        assert cli._parser().parse_args(arguments)
+    elif name == "pip":
+        extras = re.findall(r"\[(\w+)\]", " ".join(arguments))
+        assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras), command
+    elif name == "python":
+        assert (ROOT / arguments[0]).exists() or arguments == ["train.py"], command
+    else:
+        assert command == ["torchrun", "train.py"], command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    for command in commands(page):
+        assert_exists(command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_commands_options_and_tests_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for command in re.findall(r"`(peft-gradguard (?:status|inspect) [^`]+|make [^`]+|pip [^`]+)`", text):
+        assert_exists(shlex.split(command.replace("...", "x")))
+    for test in re.findall(r"(tests/[\w/]+\.py)", text):
+        assert (ROOT / test).exists(), test
+    for module in re.findall(r"`((?:integrations/)?[a-z]+\.py)`", text):
+        own = ("train.py", "sitecustomize.py", "usercustomize.py")
+        assert module in own or (ROOT / "peft_gradguard" / module).exists(), module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("https://", "http://")):
+            continue
+        file, _, anchor = target.partition("#")
+        other = page.parent / file if file else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a Markdown page's headings give."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == []
+
+
+def test_the_picture_is_small() -> None:
+    picture = ROOT / "docs" / "ranks.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size < 60_000

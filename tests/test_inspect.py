@@ -1,0 +1,285 @@
+"""``peft-gradguard inspect``: what a saved adapter kept, read without a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import safetensors.torch
+import torch
+from scenarios import INIT_R, LINEARS, PEFT_VERSION, TARGET_R, adalora_config, branches, build, two_branches
+from scenarios import train as train_scenario
+
+from peft_gradguard import cli
+from peft_gradguard.saved import read
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peft_gradguard.reports import ModuleReport
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A RoBERTa of three layers, the first one frozen."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_scenario("frozen layer", str(folder))
+    return folder
+
+
+@pytest.fixture
+def saved(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "saved"))
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main(["inspect", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+Inspect = "Callable[..., tuple[int, str, str]]"
+
+
+def by_name(folder: Path) -> dict[str, ModuleReport]:
+    (adapter,) = read(folder).adapters
+    return {module.name: module for module in adapter.modules}
+
+
+def change(folder: Path, **settings: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **settings}))
+
+
+@pytest.mark.peft
+def test_ranks_are_those_of_the_training(tmp_path: Path) -> None:
+    outcome = train_scenario("frozen layer", str(tmp_path))
+    expected = {name.removesuffix(".lora_E.default"): flags for name, flags in (outcome.patterns[-1] or {}).items()}
+    modules = by_name(tmp_path)
+    assert {name: module.rank_kept for name, module in modules.items() if module.ranked} == {
+        name: sum(flags) for name, flags in expected.items()
+    }
+    others = [module for module in modules.values() if not module.ranked]
+    assert {module.name for module in others} == {name for name in modules if "layer.0." in name}
+    assert {(m.rank_started, m.rank_kept) for m in others} == {(INIT_R, INIT_R)}
+    for module in modules.values():
+        assert {p.factor: p.shape for p in module.parameters} == {
+            "A": (module.rank_kept, 16), "B": (16, module.rank_kept), "E": (module.rank_kept, 1)
+        }  # fmt: skip
+    (adapter,) = read(tmp_path).adapters
+    assert (adapter.init_budget, adapter.target_budget, adapter.unranked_ranks) == (24, 4 * TARGET_R, 2 * INIT_R)
+    assert adapter.advice == ()
+
+
+def test_it_is_printed(saved: Path, inspect: Inspect) -> None:
+    code, out, err = inspect(saved)
+    assert (code, err) == (0, "")
+    assert "20 of 36 ranks kept" in out
+    assert "12 of them in 2 modules not ranked" in out
+    assert "layer 0 1 2" in out
+    assert "scored" not in out
+    assert "trainable" not in out
+
+
+def test_json(saved: Path, inspect: Inspect) -> None:
+    code, out, _ = inspect(saved, "--json")
+    assert code == 0
+    (adapter,) = json.loads(out)["adapters"]
+    assert adapter["saved"]
+    assert sum(module["rank_kept"] for module in adapter["modules"]) == 20
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_picture(saved: Path, inspect: Inspect, tmp_path: Path, ending: str) -> None:
+    code, out, _ = inspect(saved, "--plot", tmp_path / f"ranks.{ending}")
+    assert code == 0
+    assert out
+    assert (tmp_path / f"ranks.{ending}").stat().st_size > 1000
+
+
+def test_ten_layers_are_in_order(saved: Path) -> None:
+    tensors = {
+        f"base_model.model.layer.{layer}.q.lora_{factor}": torch.zeros(shape)
+        for layer in range(12)
+        for factor, shape in (("A", (3, 4)), ("B", (5, 3)), ("E", (3, 1)))
+    }
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    change(saved, rank_pattern={f"layer.{layer}.q.lora_E": [True] * 3 + [False] for layer in range(11)})
+    assert list(by_name(saved)) == [f"layer.{layer}.q" for layer in range(12)]
+    assert [module.rank_started for module in by_name(saved).values()] == [4] * 11 + [3]
+
+
+def test_saved_before_the_first_pruning(tmp_path: Path, inspect: Inspect) -> None:
+    build(branches()).save_pretrained(tmp_path)
+    code, out, _ = inspect(tmp_path)
+    assert code == 0
+    assert "24 of 24 ranks kept" in out
+    assert "No ranks were allocated" in out
+
+
+def test_old_weights_file(saved: Path) -> None:
+    expected = read(saved)
+    tensors = safetensors.torch.load_file(saved / WEIGHTS)
+    (saved / WEIGHTS).unlink()
+    torch.save(tensors, saved / "adapter_model.bin")
+    assert read(saved) == expected
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("touched"),))
+
+
+def test_old_weights_file_runs_no_code(
+    saved: Path, inspect: Inspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (saved / WEIGHTS).unlink()
+    torch.save({"base_model.model.q.lora_A": Evil()}, saved / "adapter_model.bin")
+    code, _, err = inspect(saved)
+    assert code == 2
+    assert "adapter_model.bin: is damaged or cannot be read" in err
+    assert not Path("touched").exists()
+
+
+def test_names_with_the_adapter(saved: Path) -> None:
+    expected = by_name(saved)
+    tensors = safetensors.torch.load_file(saved / WEIGHTS)
+    safetensors.torch.save_file(
+        {f"{n}.default" if ".lora_" in n else n: t for n, t in tensors.items()}, saved / WEIGHTS
+    )
+    pattern = json.loads((saved / CONFIG).read_text())["rank_pattern"]
+    change(saved, rank_pattern={f"{name}.default": flags for name, flags in pattern.items()})
+    assert {n: m.rank_kept for n, m in by_name(saved).items()} == {n: m.rank_kept for n, m in expected.items()}
+
+
+@pytest.mark.skipif(PEFT_VERSION >= (0, 16), reason="PEFT of today targets nothing inside modules_to_save")
+@pytest.mark.peft
+def test_inside_modules_to_save(tmp_path: Path) -> None:
+    train_scenario("head targeted and in modules_to_save", str(tmp_path))
+    inside = {module.name for module in by_name(tmp_path).values() if not module.ranked}
+    assert inside == {name for name in by_name(tmp_path) if name.startswith("classifier.")} != set()
+
+
+def test_several_adapters(tmp_path: Path, inspect: Inspect) -> None:
+    model = build(branches())
+    config = adalora_config(target_modules=LINEARS, init_r=3, inference_mode=True)
+    model.add_adapter("other", config)
+    model.save_pretrained(tmp_path)
+    assert [adapter.adapter for adapter in read(tmp_path).adapters] == ["default", "other"]
+    code, out, _ = inspect(tmp_path, "--adapter", "other")
+    assert code == 0
+    assert "'other'" in out
+    assert "12 of 12 ranks kept" in out
+    code, _, err = inspect(tmp_path, "--adapter", "third")
+    assert code == 2
+    assert "there is no adapter 'third' in it, only 'default', 'other'" in err
+    code, _, err = inspect(tmp_path, "--plot", tmp_path / "ranks.png")
+    assert code == 2
+    assert "'default', 'other'" in err
+
+
+def test_mismatch_is_told(saved: Path) -> None:
+    pattern = json.loads((saved / CONFIG).read_text())["rank_pattern"]
+    name = next(name for name, flags in pattern.items() if 0 < sum(flags) < INIT_R - 1)
+    change(saved, rank_pattern={**pattern, name: [True] * (INIT_R - 1) + [False]})
+    (advice,) = read(saved).adapters[0].advice
+    assert advice.startswith(name.removesuffix(".lora_E"))
+    assert "says that 5 of 6 ranks are kept, but the weights have" in advice
+
+
+def lora(folder: Path) -> None:
+    import peft
+
+    peft.get_peft_model(two_branches(), peft.LoraConfig(target_modules=["head"])).save_pretrained(folder)
+
+
+def checkpoints(folder: Path) -> None:
+    for steps in (10, 20):
+        (folder / f"checkpoint-{steps}").mkdir()
+        shutil.copy(folder / CONFIG, folder / f"checkpoint-{steps}" / CONFIG)
+    (folder / CONFIG).unlink()
+
+
+def other_weights(folder: Path) -> None:
+    safetensors.torch.save_file({"head.weight": torch.zeros(1)}, folder / WEIGHTS)
+
+
+def some_missing(folder: Path) -> None:
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    safetensors.torch.save_file({n: t for n, t in tensors.items() if "layer.1." not in n}, folder / WEIGHTS)
+
+
+PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "no such folder"),
+    "no configuration": (lambda f: (f / CONFIG).unlink(), "is not a saved adapter, it has no adapter_config.json"),
+    "checkpoints": (checkpoints, "give one of the folders inside of it: checkpoint-10, checkpoint-20"),
+    "broken configuration": (lambda f: (f / CONFIG).write_text("{"), "adapter_config.json: cannot be read (Expecting"),
+    "a list": (lambda f: (f / CONFIG).write_text("[]"), "is not a PEFT configuration, it names no peft_type"),
+    "no peft_type": (lambda f: change(f, peft_type=None), "is not a PEFT configuration, it names no peft_type"),
+    "LoRA": (lora, "holds a LORA adapter, not an AdaLoRA one"),
+    "LoRA's rank_pattern": (lambda f: change(f, rank_pattern={"query": 8}), "its rank_pattern is not AdaLoRA's"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "its weights are missing"),
+    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), f"{WEIGHTS}: is damaged or cannot be read"),
+    "cut weights": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
+        f"{WEIGHTS}: is damaged or cannot be read",
+    ),
+    "other weights": (other_weights, "hold no AdaLoRA parameters"),
+    "some weights": (
+        some_missing,
+        "layer.1.attention.self.query, which adapter_config.json names, are missing, and of 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_problem_is_one_line_on_stderr(saved: Path, inspect: Inspect, problem: str) -> None:
+    spoil, expected = PROBLEMS[problem]
+    spoil(saved)
+    code, out, err = inspect(saved)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith(f"peft-gradguard: inspect: {saved}")
+    assert expected in err
+
+
+def test_hub_id(inspect: Inspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = inspect("someone/an-adapter")
+    assert code == 2
+    assert "no such folder; an adapter on a hub must be downloaded first" in err
+
+
+def test_file_instead_of_its_folder(saved: Path, inspect: Inspect) -> None:
+    code, _, err = inspect(saved / WEIGHTS)
+    assert code == 2
+    assert "is a file; give the folder that holds it" in err
+
+
+def test_picture_of_an_unknown_kind(saved: Path, inspect: Inspect, tmp_path: Path) -> None:
+    code, out, err = inspect(saved, "--plot", tmp_path / "ranks.pdf")
+    assert (code, out) == (2, "")
+    assert "is written as .png or .svg" in err
+
+
+def test_neither_torch_nor_peft_is_needed(saved: Path) -> None:
+    program = f"""
+import sys
+from peft_gradguard.cli import main
+assert main(["inspect", {str(saved)!r}]) == 0
+print(sorted({{"torch", "peft", "transformers", "matplotlib"}} & set(sys.modules)))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.stdout.endswith("[]\n"), found
