@@ -6,8 +6,8 @@ Every measurement is made in a process of its own: plain PEFT, the guard that ca
 (``PEFT_GRADGUARD_FUSED=0``) and the guard as it is take turns, so that whatever else the machine does meets all alike.
 Given are the median over the rounds of the medians in each process, and the median of the ratios within each round.
 
-Plain PEFT fails where layers are frozen. There, ratios are those to plain PEFT with no layer frozen, and the last column
-is plain PEFT on a model in which only the other layers have adapters.
+Plain PEFT fails where layers are frozen. There, ratios are those to plain PEFT with no layer frozen, and the last
+column is plain PEFT on a model in which only the other layers have adapters.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def measure(way: str, what: str) -> dict[str, Any]:
         # So that freed memory goes back at once, and does not hide what is asked for later.
         environ |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, str(HERE / "measure.py"), mode, what]
-    found = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    found = subprocess.run(command, env=environ, capture_output=True, text=True)
     if found.returncode:
         raise SystemExit(f"measure.py {mode} {what} failed:\n{found.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
@@ -161,7 +161,8 @@ def main(rounds: int) -> None:
         print(table(["during", *WAYS], memory_rows(memory)))
     imports = statistics.median(one["guarded"]["import"] for one in found)
     print(
-        f"\n`import peft_gradguard`: {imports:.0f} ms of CPU time, most of it `import wrapt`. Starts of the interpreter:\n"
+        f"\n`import peft_gradguard`: {imports:.0f} ms of CPU time, most of it `import wrapt`. "
+        "Starts of the interpreter:\n"
     )
     startup_cost.main(STARTS)
     print(f"{time.perf_counter() - begin:.0f} s in all", file=sys.stderr)
