@@ -36,7 +36,7 @@ build: .venv/ready  ## wheel and source distribution, and what checks them
 cost: .venv/stacks  ## what a start of the interpreter costs
 	$(BIN)/python examples/startup_cost.py 60
 
-bench: .venv/ready  ## what an allocator step costs, with the guard and without (some 8 minutes)
+bench: .venv/ready  ## what an allocator step costs, with the guard and without (some 6 minutes on a quiet machine)
 	$(BIN)/python tests/benchmarks/bench.py
 
 .venv/ready: pyproject.toml constraints.txt
