@@ -152,9 +152,7 @@ def main(rounds: int) -> None:
         print(f"\nMemory on top of what was there, in MB, where the AdaLoRA parameters take {size:.0f} MB:\n")
         print(table(["during", *WAYS], memory_rows(memory)))
     imports = statistics.median(one["guard"]["import"] for one in found)
-    print(
-        f"\n`import peft_gradguard` takes {imports:.0f} ms of CPU time, most of it for wrapt. Starts of an interpreter:\n"
-    )
+    print(f"\n`import peft_gradguard` takes {imports:.0f} ms, most of it for wrapt. Starts of an interpreter:\n")
     startup_cost.main(STARTS)
     print(f"{time.perf_counter() - begin:.0f} s in all", file=sys.stderr)
 
