@@ -42,7 +42,7 @@ soak: .venv/stacks  ## 50,000 steps and 200 models: memory, log lines, what is l
 cost: .venv/stacks  ## what a start of the interpreter costs
 	$(BIN)/python examples/startup_cost.py 60
 
-bench: .venv/ready  ## what an allocator step costs, with the guard and without (some 8 minutes)
+bench: .venv/ready  ## what an allocator step costs, with the guard and without (some 6 minutes on a quiet machine)
 	$(BIN)/python tests/benchmarks/bench.py
 
 .venv/ready: pyproject.toml constraints.txt

@@ -22,7 +22,7 @@ def named_parameters(model: Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
 
     A model that walks in its own way (FSDP1 cleans the names so, and users patch this method) is asked itself.
     """
-    walk = _Walk()
+    walk = _Walk(model)
     if all(_is_torchs_own(getattr(model, name, None)) for name in WALKERS):
         walk.own(model, "")
         walk.below(model, "")
@@ -32,11 +32,11 @@ def named_parameters(model: Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
 
 
 class _Walk:
-    def __init__(self) -> None:
+    def __init__(self, model: Module) -> None:
         self.found: list[tuple[str, torch.nn.Parameter]] = []
         self.kinds: set[type[Module]] = set()
         self._parameters: set[int] = set()
-        self._modules: set[Module] = set()
+        self._modules = {model}
 
     def own(self, module: Module, prefix: str) -> None:
         for name, parameter in module._parameters.items():

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     import peft
 
 PERCENTS = (0, 50, 95)
-WARM_UP = 6
-"""Steps before anything is measured: one that meets the parameters, those that compare, and some more."""
+WARM_UP = 5
+"""Steps before anything is measured: one that meets the parameters, those that compare, and one more."""
 
 
 def step_times(model: peft.PeftModel, step: int, repeat: int) -> list[float]:
