@@ -160,8 +160,9 @@ def base_model(training: Training) -> nn.Module:
 def config(training: Training, **changes: Any) -> peft.AdaLoraConfig:
     schedule = training.schedule
     return peft.AdaLoraConfig(
-        # A pattern, as names in a list would also match what PEFT has put inside the modules named.
-        target_modules="|".join(map(re.escape, training.modules)),
+        # A pattern, as names in a list would also match what PEFT has put inside the modules named. PEFT 0.5 adds
+        # an adapter from the outside, where names are longer.
+        target_modules=rf"(base_model\.model\.)?({'|'.join(map(re.escape, training.modules))})",
         init_r=schedule.init_r,
         target_r=schedule.target_r,
         tinit=schedule.tinit,
