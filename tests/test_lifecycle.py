@@ -280,6 +280,27 @@ def test_peft_that_does_not_fit_is_left_untouched(kind: str, imports: str, tmp_p
     assert "AdaLoRA runs unguarded" in stderr
 
 
+def test_broken_logging_does_not_stop_the_import_of_a_peft_that_does_not_fit(tmp_path: Path) -> None:
+    package = tmp_path / "peft" / "tuners"
+    package.mkdir(parents=True)
+    (tmp_path / "peft" / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / "adalora.py").write_text("class RankAllocator:\n    pass\n")
+    body = """
+        class Raises(logging.Handler):
+            def emit(self, record):
+                raise OSError("disk full")
+
+        logging.getLogger().addHandler(Raises())
+        import peft_gradguard, peft.tuners.adalora
+        print(json.dumps(peft_gradguard.is_enabled()))
+    """
+    enabled, stderr = python(body, path=tmp_path)
+    assert enabled
+    assert stderr.startswith("peft_gradguard: peft_gradguard leaves PEFT untouched: RankAllocator has no method")
+    assert "disk full" in stderr
+
+
 @pytest.mark.peft
 def test_somebody_elses_wrapper_above_or_beneath_stays() -> None:
     results, _ = python("""
