@@ -53,6 +53,8 @@ class Facts:
 class Late:
     """The gradients kept since the first call that came after ``zero_grad``."""
 
+    watched: set[Key]
+    """Where a backward is seen: the parameters that were trainable at that call."""
     copies: bool = False
     kept: dict[Key, torch.Tensor] = field(default_factory=dict)
     backward_seen: bool = False
@@ -77,9 +79,9 @@ class Oracle:
         """The ranks at the start, and those at the end (``init_bgt`` and ``target_bgt``)."""
         return self.schedule.init_r * len(self.counted), self.schedule.target_r * len(self.counted)
 
-    def backward(self, gradients_came: bool) -> None:
+    def backward(self, used: set[Key]) -> None:
         if self.late is not None:
-            self.late.backward_seen |= gradients_came
+            self.late.backward_seen |= bool(used & self.late.watched)
 
     def optimizer_step(self, gradients: dict[Key, torch.Tensor | None]) -> None:
         if self.late is not None:
@@ -124,7 +126,7 @@ class Oracle:
             if not self.ipt:
                 raise BrokenLoopError
         elif not usable and (zeroed or not there):
-            self._call_is_late(zeroed)
+            self._call_is_late(zeroed, {key for key, trainable in facts.trainable.items() if trainable})
         beta1, beta2 = self.schedule.beta1, self.schedule.beta2
         for key, gradient in usable.items():
             zeros = torch.zeros_like(gradient)
@@ -135,9 +137,9 @@ class Oracle:
         if self.late is not None:
             self.late.kept = {}
 
-    def _call_is_late(self, zeroed: bool) -> None:
+    def _call_is_late(self, zeroed: bool, trainable: set[Key]) -> None:
         if self.late is None:
-            self.late = Late()
+            self.late = Late(trainable)
         else:
             left_out = self.late.backward_seen and not self.late.step_seen
             if not (self.ipt or left_out or (zeroed and not self.late.copies)):

@@ -256,6 +256,19 @@ def test_gradients_of_a_step_without_a_call_are_not_used_at_a_later_one(
         assert (score is before[name]) == name.startswith("branch."), name
 
 
+def test_steps_of_another_optimizer_do_not_touch_kept_gradients(
+    model: peft.PeftModel, optimizer: torch.optim.Optimizer
+) -> None:
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1e-2)
+    late_step(model, optimizer, 1)
+    loss_of(model, vectors(2), False).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    other.step()
+    model.base_model.update_and_allocate(2)
+    assert len(model.base_model.rankallocator.exp_avg_ipt) == 12
+
+
 def test_adapter_that_never_takes_part_is_named_at_the_second_call(
     model: peft.PeftModel, optimizer: torch.optim.Optimizer
 ) -> None:

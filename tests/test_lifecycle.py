@@ -155,6 +155,43 @@ def test_two_threads_at_once() -> None:
     assert results == [[[1] * 6, True]] * 6
 
 
+HALF_IMPORTED = """
+import threading, time
+threading.importing.set()
+time.sleep(1)
+
+class RankAllocator:
+    def update_ipt(self, model): pass
+    def update_and_allocate(self, model, global_step, force_mask=False): pass
+    def budget_schedule(self, step): pass
+    def mask_to_budget(self, model, budget): pass
+    def mask_using_rank_pattern(self, model, rank_pattern): pass
+    def _set_budget_scheduler(self, model): pass
+"""
+
+
+def test_peft_that_another_thread_is_still_importing_is_waited_for(tmp_path: Path) -> None:
+    package = tmp_path / "peft" / "tuners"
+    package.mkdir(parents=True)
+    (tmp_path / "peft" / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / "adalora.py").write_text(HALF_IMPORTED)
+    counts, stderr = python(
+        """
+        import torch
+        threading.importing = threading.Event()
+        thread = threading.Thread(target=__import__, args=("peft.tuners.adalora",))
+        thread.start()
+        threading.importing.wait()
+        import peft_gradguard
+        print(json.dumps(wrappers()))
+        """,
+        path=tmp_path,
+    )
+    assert counts == [1] * 6
+    assert stderr == ""
+
+
 @pytest.mark.peft
 def test_forked_child_is_guarded_too() -> None:
     results, _ = python("""
@@ -282,6 +319,27 @@ def test_peft_that_does_not_fit_is_left_untouched(kind: str, imports: str, tmp_p
     assert wrapped == []
     assert complaint in stderr
     assert "AdaLoRA runs unguarded" in stderr
+
+
+def test_broken_logging_does_not_stop_the_import_of_a_peft_that_does_not_fit(tmp_path: Path) -> None:
+    package = tmp_path / "peft" / "tuners"
+    package.mkdir(parents=True)
+    (tmp_path / "peft" / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / "adalora.py").write_text("class RankAllocator:\n    pass\n")
+    body = """
+        class Raises(logging.Handler):
+            def emit(self, record):
+                raise OSError("disk full")
+
+        logging.getLogger().addHandler(Raises())
+        import peft_gradguard, peft.tuners.adalora
+        print(json.dumps(peft_gradguard.is_enabled()))
+    """
+    enabled, stderr = python(body, path=tmp_path)
+    assert enabled
+    assert stderr.startswith("peft_gradguard: peft_gradguard leaves PEFT untouched: RankAllocator has no method")
+    assert "disk full" in stderr
 
 
 @pytest.mark.peft

@@ -43,6 +43,18 @@ FOUND = {
             Step(order="late"),
         ),
     ),
+    # No backward is seen of what was frozen at the first late call: by the rule, the second call in a row is an error.
+    "a step left out in which only what was frozen before has gradients": Training(
+        modules=("a", "ba"),
+        shapes=((1, 1), (1, 1)),
+        schedule=SCHEDULE,
+        adapter="default",
+        steps=(
+            Step(order="late", freeze=((1, "ABE"),)),
+            Step(order="late", freeze=((0, "ABE"),), thaw=((1, "ABE"),), optimizer_steps=False),
+            Step(order="late"),
+        ),
+    ),
 }
 """Where guard and oracle have disagreed, in runs of ``make proof``, shrunk by Hypothesis."""
 

@@ -160,8 +160,9 @@ def base_model(training: Training) -> nn.Module:
 def config(training: Training, **changes: Any) -> peft.AdaLoraConfig:
     schedule = training.schedule
     return peft.AdaLoraConfig(
-        # A pattern, as names in a list would also match what PEFT has put inside the modules named.
-        target_modules="|".join(map(re.escape, training.modules)),
+        # A pattern, as names in a list would also match what PEFT has put inside the modules named. PEFT 0.5 adds
+        # an adapter from the outside, where names are longer.
+        target_modules=rf"(base_model\.model\.)?({'|'.join(map(re.escape, training.modules))})",
         init_r=schedule.init_r,
         target_r=schedule.target_r,
         tinit=schedule.tinit,
@@ -256,7 +257,7 @@ class Run:
         used = [key for key in self.parameters if key not in unused and self.parameters[key].requires_grad]
         if used:
             torch.stack([(self.parameters[key] * gradients[key]).sum() for key in used]).sum().backward()
-        self.oracle.backward(bool(used))
+        self.oracle.backward(set(used))
         for name, parameter in self.inner.named_parameters():
             if name not in self.names and ".lora_" in name:
                 # Another adapter's: where it is active, it has gradients too.
