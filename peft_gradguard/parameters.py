@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .walk import named_parameters
-
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
@@ -55,6 +53,9 @@ def adalora_parameters(model: torch.nn.Module, adapter: str) -> list[AdaLoraPara
     The adapter's name is matched exactly. PEFT's own test (``adapter_name in name``) takes the parameters of an adapter
     ``default_eval`` for those of ``default``.
     """
+    # Not at the top: `peft-gradguard inspect` needs the names above, and no torch.
+    from .walk import named_parameters
+
     suffixes = tuple(f".lora_{factor}.{adapter}" for factor in "ABE")
     width = len(suffixes[0])
     return [

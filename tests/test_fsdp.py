@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from stacks.checks import assert_like_ddp, assert_named, assert_right, assert_said, factors, same
+from stacks.checks import assert_left_to_peft, assert_like_ddp, assert_named, assert_right, assert_said, factors, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +37,8 @@ def test_frozen(torchrun: Launch, script: str) -> None:
     reports = torchrun(script, "guard")
     assert_right(reports, "frozen", 3)
     assert_said(reports, "frozen", "frozen", factors("trunk.0"))
+    if script == "fsdp2":
+        assert_left_to_peft(reports, "frozen", "is sharded")
 
 
 def test_unused(torchrun: Launch) -> None:
