@@ -38,7 +38,7 @@ for step in range(1, 5):
 allocator = model.base_model.rankallocator
 assert len(allocator.exp_avg_ipt) == 3, allocator.exp_avg_ipt.keys()
 # In one piece: the workers of torchrun write to one pipe.
-os.write(1, f"guarded {os.environ.get('RANK', 'alone')}\n".encode())
+os.write(1, f"guarded {os.environ.get('RANK', 'alone')}\\n".encode())
 """
 
 LOADER = """
