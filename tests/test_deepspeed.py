@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from stacks.checks import assert_named, assert_right, assert_said, factors, same
+from stacks.checks import assert_left_to_peft, assert_named, assert_right, assert_said, factors, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,7 @@ def test_training(torchrun: Launch, stage: str, case: str, ranked: int) -> None:
     reports = torchrun("zero", "guard", stage)
     assert_right(reports, case, ranked)
     assert_said(reports, case, "frozen", factors("trunk.0") if case == "frozen" else set())
+    assert_left_to_peft(reports, case, "DeepSpeed")
 
 
 def test_plain_peft_fails_on_a_frozen_layer(torchrun: Launch, stage: str) -> None:

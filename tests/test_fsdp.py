@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from stacks.checks import assert_like_ddp, assert_named, assert_right, assert_said, factors, same
+from stacks.checks import assert_left_to_peft, assert_like_ddp, assert_named, assert_right, assert_said, factors, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,8 @@ def test_ranks_are_those_of_ddp(torchrun: Launch, script: str, case: str) -> Non
     reports = torchrun(script, "guard")
     assert_like_ddp(assert_right(reports, case), assert_right(reports, "DDP"))
     assert_said(reports, case, "", set())
+    if script == "fsdp2":
+        assert_left_to_peft(reports, case, "is sharded")
 
 
 @pytest.mark.parametrize("case", ["all used", "nested"])

@@ -10,6 +10,8 @@ from scenarios import INIT_R, TARGET_R
 INIT = INIT_R - 1
 """The initial rank of the workers' model: odd, so that it does not divide evenly among two processes."""
 
+LEFT_TO_PEFT = "scores are left to PEFT's own code"
+
 
 def same(one: Any, other: Any) -> bool:
     """Say whether two nests of containers and tensors are equal bit for bit."""
@@ -38,10 +40,18 @@ def assert_right(reports: list[dict[str, Any]], case: str, ranked: int = 4) -> d
 def assert_said(reports: list[dict[str, Any]], case: str, reason: str, names: set[str]) -> None:
     """Every name once, on both ranks, at WARNING on the first one only."""
     for report, level in zip(reports, ("WARNING", "DEBUG"), strict=True):
-        records = report[case]["records"]
+        records = [record for record in report[case]["records"] if LEFT_TO_PEFT not in record["message"]]
         assert {record["level"] for record in records} <= {level}
         assert sorted(record["parameter"] for record in records) == sorted(names)
         assert {record["reason"] for record in records} <= {reason}
+
+
+def assert_left_to_peft(reports: list[dict[str, Any]], case: str, reason: str) -> None:
+    """Every process has said once, at DEBUG, why PEFT's own code scores."""
+    for report in reports:
+        (said,) = [record for record in report[case]["records"] if LEFT_TO_PEFT in record["message"]]
+        assert said["level"] == "DEBUG"
+        assert reason in said["message"]
 
 
 def assert_like_ddp(result: dict[str, Any], ddp: dict[str, Any]) -> None:
