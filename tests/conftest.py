@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 settings.register_profile("short", derandomize=True, max_examples=600, deadline=None, database=None)
 settings.register_profile("long", settings.get_profile("short"), derandomize=False, max_examples=20_000)
+settings.register_profile("quick", settings.get_profile("short"), max_examples=60)
 settings.load_profile("short")
 
 

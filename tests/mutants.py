@@ -25,8 +25,8 @@ LONGEST = 400
 """Seconds until a mutant counts as noticed, because it hangs."""
 
 CORE = (
-    "test_parameters test_rules test_oracle test_exclusions test_fused test_late_calls test_overflow test_report "
-    "test_scenarios test_equivalence test_hostile test_lifecycle"
+    "test_parameters test_rules test_oracle test_exclusions test_late_calls test_overflow test_fused test_hostile "
+    "test_report test_scenarios test_equivalence test_lifecycle"
 )
 START = "test_lifecycle test_autoload"
 TESTS = {
@@ -35,7 +35,16 @@ TESTS = {
     **dict.fromkeys(("__main__", "probe", "status", "sitecustomize", "_peft_gradguard_start"), START),
     "cli": f"test_inspect {START}",
     **dict.fromkeys(("shards", "zero"), f"test_fsdp test_deepspeed {CORE}"),
-    **dict.fromkeys(("reports", "audit", "counts", "tables", "layers"), "test_report test_plots test_inspect"),
+    **dict.fromkeys(("fused", "together", "replaced"), f"test_fused {CORE}"),
+    **dict.fromkeys(("undo", "log"), f"test_hostile {CORE}"),
+    "late": f"test_late_calls {CORE}",
+    "exclusions": f"test_exclusions {CORE}",
+    "walk": f"test_walk {CORE}",
+    "uncalled": f"test_clients {CORE}",
+    **dict.fromkeys(
+        ("reports", "audit", "advice", "importance", "counts", "sections", "tables", "layers"),
+        "test_report test_plots test_inspect test_callback",
+    ),
     "saved": "test_inspect",
     "plots": "test_plots test_inspect",
     "transformers": "test_callback",
@@ -88,7 +97,7 @@ def mutate(number: int, modules: list[str]) -> Path:
     )
     environ = {
         **os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "HYPOTHESIS_PROFILE": "mutants",
+        "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     with subprocess.Popen([sys.executable, "tests/mutants.py", "--serve"], cwd=folder, env=environ) as server:
         try:
@@ -162,7 +171,9 @@ def run(changed: list[str]) -> int:
         os.dup2(quiet, stream)
     names = " ".join(TESTS.get(name, CORE) for name in changed) or CORE
     files = [f"tests/{name}.py" for name in dict.fromkeys(names.split()) if Path(f"tests/{name}.py").exists()]
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]))
+    return int(
+        pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-profile=quick", *files])
+    )
 
 
 def ask() -> int:
