@@ -13,22 +13,28 @@ if TYPE_CHECKING:
 
     from peft.tuners.adalora import RankAllocator
 
-STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc", "init_bgt", "target_bgt", "name_set")
+STATE = ("exp_avg_ipt", "exp_avg_unc", "init_bgt", "target_bgt", "name_set")
 """What PEFT writes to in ``RankAllocator.update_and_allocate``. Its scores are replaced, never written into."""
 
 
 @contextmanager
 def undone_on_error(allocator: RankAllocator) -> Iterator[None]:
-    """Give the allocator its scores, budget and kept gradients back where the block fails, or is interrupted.
+    """Give the allocator its averages, budget and kept gradients back where the block fails, or is interrupted.
 
     PEFT scores one parameter after the other. Half a step scored, and that half scored again by a second try, would
     weigh some parameters more than others. Weights that PEFT has masked by then stay masked.
+
+    Meanwhile the last step's averages stay in memory beside the new ones: two lists of the size of the AdaLoRA
+    parameters. The single step's importance is not kept, since PEFT computes it anew before it reads it; only its keys
+    matter, by which PEFT tells a parameter that it has never met.
     """
     before = {name: copy.copy(vars(allocator)[name]) for name in STATE if name in vars(allocator)}
+    met = set(allocator.ipt)
     kept = memory_of(allocator).kept
     try:
         with kept.undone_on_error() if kept else nullcontext():
             yield
     except BaseException:
         vars(allocator).update(before)
+        allocator.ipt = {name: importance for name, importance in allocator.ipt.items() if name in met}
         raise

@@ -93,11 +93,14 @@ def state_of(allocator: RankAllocator) -> dict[str, Any]:
 
 
 def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """The same tensors, not only equal ones."""
-    scores = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-    return one["budget"] == other["budget"] and all(
-        one[name].keys() == other[name].keys() and all(one[name][key] is other[name][key] for key in one[name])
-        for name in scores
+    """The same tensors, not only equal ones; of ``ipt``, which PEFT computes anew before reading it, the same names."""
+    return (
+        one["budget"] == other["budget"]
+        and one["ipt"].keys() == other["ipt"].keys()
+        and all(
+            one[name].keys() == other[name].keys() and all(one[name][key] is other[name][key] for key in one[name])
+            for name in ("exp_avg_ipt", "exp_avg_unc")
+        )
     )
 
 
