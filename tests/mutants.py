@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".mutants"
 SOCKET = "mutants.sock"
 WORKERS = 2
-LONGEST = 400
+LONGEST = 900
 """Seconds until a mutant counts as noticed, because it hangs."""
 
 CORE = (
-    "test_parameters test_rules test_oracle test_exclusions test_late_calls test_overflow test_fused test_hostile "
-    "test_report test_scenarios test_equivalence test_lifecycle"
+    "test_parameters test_rules test_oracle test_exclusions test_late_calls test_overflow test_fused test_scenarios "
+    "test_equivalence"
 )
 START = "test_lifecycle test_autoload"
 TESTS = {
