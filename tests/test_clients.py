@@ -217,6 +217,20 @@ def test_method_assigned_to_one_allocator(model: peft.PeftModel, said: Callable[
     assert ["RankAllocator.update_ipt was assigned" in message for message in said()] == [True]
 
 
+def test_finalising_step_needs_no_gradient_with_a_method_assigned_either(
+    model: peft.PeftModel, said: Callable[[], list[str]]
+) -> None:
+    allocator = model.base_model.rankallocator
+    allocator.update_ipt = zeros_where_there_is_no_gradient.__get__(allocator)
+    for step in range(1, FINALISING + 1):
+        model.base_model(**vectors(step)).loss.backward()
+        if step == FINALISING:
+            model.zero_grad()
+        model.base_model.update_and_allocate(step)
+    assert ["RankAllocator.update_ipt was assigned" in message for message in said()] == [True]
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 4 * TARGET_R
+
+
 @pytest.mark.parametrize("calls_super", [False, True])
 def test_subclass_that_overrides_update_ipt(
     model: peft.PeftModel, calls_super: bool, said: Callable[[], list[str]]
