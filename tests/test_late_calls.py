@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import weakref
@@ -267,6 +268,16 @@ def test_steps_of_another_optimizer_do_not_touch_kept_gradients(
     other.step()
     model.base_model.update_and_allocate(2)
     assert len(model.base_model.rankallocator.exp_avg_ipt) == 12
+
+
+def test_optimizer_that_never_has_the_adapter_is_named_at_the_second_call(model: peft.PeftModel) -> None:
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1e-2)
+    for step in (1, 2):
+        loss_of(model, vectors(step), False).backward()
+        other.step()
+        model.zero_grad()
+        with pytest.raises(peft_gradguard.NoGradientError) if step == 2 else contextlib.nullcontext():
+            model.base_model.update_and_allocate(step)
 
 
 def test_adapter_that_never_takes_part_is_named_at_the_second_call(
