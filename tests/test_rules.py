@@ -207,6 +207,7 @@ def test_each_skipped_name_is_logged_once_with_its_reason(
     assert {record.name for record in records} == {"peft_gradguard"}
     message = next(r.getMessage() for r in records if r.parameter == "trunk.0.lora_A.default")
     assert all(word in message for word in ("trunk.0.lora_A.default", "frozen", "'default'", "step 1"))
+    assert not any(record.exc_info for record in records)
 
 
 def test_another_allocator_logs_the_same_names_again(records: list[logging.LogRecord]) -> None:
@@ -292,10 +293,12 @@ def test_failed_call_leaves_no_trace(model: peft.PeftModel, records: list[loggin
 
 
 def test_missed_finalising_step_is_named(records: list[logging.LogRecord]) -> None:
-    train(SCENARIOS["calls that miss the finalising step"])
+    outcome = train(SCENARIOS["calls that miss the finalising step"])
     messages = [record.getMessage() for record in records]
     assert len(messages) == 1
     assert f"never called with step {FINALISING}" in messages[0]
+    kept = "pattern of the last masking step stays" if outcome.patterns[FINALISING] else "no rank is pruned at all"
+    assert kept in messages[0]
 
 
 @pytest.mark.skipif(PEFT_VERSION >= (0, 16), reason="PEFT since 0.16 does not target modules in modules_to_save")
