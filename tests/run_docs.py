@@ -105,6 +105,13 @@ def one_process_world(given: dict[str, Any]) -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
+def deepspeed_world(given: dict[str, Any]) -> None:
+    from stacks.uncompiled import leave_out_shared_memory
+
+    leave_out_shared_memory()
+    one_process_world(given)
+
+
 def twice_the_batches(given: dict[str, Any]) -> None:
     given["batches"] = given["batches"] * 2
 
@@ -113,7 +120,7 @@ NEEDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "SFTTrainer": language_model,
     "gradient_accumulation_steps": twice_the_batches,
     "DistributedDataParallel": one_process_world,
-    "deepspeed": one_process_world,
+    "deepspeed": deepspeed_world,
     "fsdp": one_process_world,
 }
 OPTIONAL = ("deepspeed", "trl")

@@ -9,6 +9,7 @@ import deepspeed
 import torch
 from scenarios import TOTAL
 from stacks.common import ARGUMENTS, TIMEOUT, allocator_state, batch, model_for, run
+from stacks.uncompiled import leave_out_shared_memory
 from transformers.integrations import HfDeepSpeedConfig
 
 if TYPE_CHECKING:
@@ -141,5 +142,6 @@ ALL: dict[str, Callable[[], Any]] = {
 }
 
 if __name__ == "__main__":
+    leave_out_shared_memory()
     deepspeed.init_distributed("gloo", timeout=TIMEOUT)
     run({name: ALL[name] for name in CASES or ALL})
