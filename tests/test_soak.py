@@ -6,12 +6,12 @@ from soak import Lives, run_lifetimes, run_steps
 
 
 def test_memory_stays_flat_and_each_name_is_logged_once() -> None:
-    figures = run_steps(steps=400, warm=200)
+    figures = run_steps(steps=800, warm=200)
     warm, end = figures.objects
     assert abs(end - warm) < 20
     warm, end = figures.traced
-    # What any 200 steps would keep, be it a small number for each, is more than this.
-    assert end - warm < 20_000
+    # A hundred bytes a step. Other threads of the process (pytest-xdist's) come and go with some ten thousand.
+    assert end - warm < 60_000
     assert figures.lines == figures.skipped == 12
     assert figures.other_lines == 1
 
