@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .log import say
 from .parameters import deepspeed_holds_gradient
 from .replaced import is_undisturbed
 from .settings import FUSED, read_fused
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     Group = tuple[torch.device, torch.dtype, float, float]
     """Device, data type, ``beta1`` and ``beta2`` of what is computed and compared together."""
     Groups = dict[Group, list[AdaLoraParameter]]
-
-logger = logging.getLogger("peft_gradguard")
 
 COMPARISONS = 3
 """The scoring steps of each group that are computed both ways before PEFT's way is left out."""
@@ -65,7 +64,8 @@ def score(allocator: RankAllocator, view: ModelView, peft_scores: Callable[[Mode
         trust.objection = _compare(allocator, averages, uncertainties, groups, trust.agreed)
     if trust.objection and not trust.said:
         trust.said = True
-        logger.debug("AdaLoRA's scores are left to PEFT's own code: %s (adapter %r).", trust.objection, memory.adapter)
+        why = "AdaLoRA's scores are left to PEFT's own code: %s (adapter %r)."
+        say(logging.DEBUG, why, trust.objection, memory.adapter)
 
 
 def _objection(allocator: RankAllocator, parameters: list[AdaLoraParameter]) -> str | None:

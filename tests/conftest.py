@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -37,6 +38,29 @@ def guard() -> None:
     import peft_gradguard
 
     assert peft_gradguard.is_enabled()
+
+
+@pytest.fixture
+def records() -> Iterator[list[logging.LogRecord]]:
+    """What the guard has logged in this test, at any level."""
+    found: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("peft_gradguard")
+    handler.emit = found.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield found
+    logger.setLevel(logging.NOTSET)
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What the guard has said of the training as a whole, skipped names left out."""
+    return lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "peft_gradguard" and not hasattr(record, "reason")
+    ]
 
 
 @pytest.fixture(scope="session")

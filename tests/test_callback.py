@@ -60,16 +60,6 @@ def model() -> peft.PeftModel:
     return build(branches())
 
 
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What was said of the training as a whole, skipped names left out."""
-    return lambda: [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "peft_gradguard" and not hasattr(record, "reason")
-    ]
-
-
 class ByHand(transformers.TrainerCallback):
     """What the guard's documentation tells those to write who have no ``AdaLoraCallback``."""
 

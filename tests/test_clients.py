@@ -95,16 +95,6 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> peft.PeftModel:
     return build(branches())
 
 
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What the guard has said of the training as a whole, skipped names left out."""
-    return lambda: [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "peft_gradguard" and not hasattr(record, "reason")
-    ]
-
-
 def assert_adapted(model: peft.PeftModel) -> None:
     pattern = model.peft_config["default"].rank_pattern
     assert sorted(name.split(".lora_E")[0] for name in pattern) == ["branch.0", "branch.2", "trunk.2"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import peft_gradguard
 from peft_gradguard import exclusions
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Iterator
 
     import peft
@@ -50,19 +50,6 @@ def model() -> peft.PeftModel:
             if ".lora_E." in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
     return model
-
-
-@pytest.fixture
-def records() -> Iterator[list[logging.LogRecord]]:
-    """What the guard has logged in this test, at any level."""
-    found: list[logging.LogRecord] = []
-    handler, logger = logging.Handler(), logging.getLogger("peft_gradguard")
-    handler.emit = found.append  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    yield found
-    logger.setLevel(logging.NOTSET)
-    logger.removeHandler(handler)
 
 
 def advance(model: peft.PeftModel, *steps: int, **batch: Any) -> None:

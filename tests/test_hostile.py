@@ -585,6 +585,25 @@ def test_disabled_logging_says_nothing(
     assert "left out" not in "".join(capfd.readouterr())
 
 
+def test_broken_logging_at_debug_stops_no_training(model: peft.PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError("disk full")
+
+    monkeypatch.setenv("PEFT_GRADGUARD_FUSED", "0")  # which is said at DEBUG
+    handler, logger = Raising(), logging.getLogger("peft_gradguard")
+    monkeypatch.setattr(logger, "level", logging.DEBUG)
+    logger.manager._clear_cache()  # type: ignore[attr-defined]
+    logger.addHandler(handler)
+    try:
+        advance(model, 1, 2)
+    finally:
+        logger.removeHandler(handler)
+        monkeypatch.undo()
+        logger.manager._clear_cache()  # type: ignore[attr-defined]
+    assert len(model.base_model.rankallocator.exp_avg_ipt) == 12
+
+
 # -- Errors inside PEFT's own methods
 
 

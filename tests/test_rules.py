@@ -29,8 +29,6 @@ from scenarios import (
 import peft_gradguard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import peft
 
 pytestmark = pytest.mark.peft
@@ -51,19 +49,6 @@ def new_model() -> peft.PeftModel:
             if ".lora_E." in name:
                 parameter.normal_()
     return model
-
-
-@pytest.fixture
-def records() -> Iterator[list[logging.LogRecord]]:
-    """What the guard has logged in this test, at any level."""
-    found: list[logging.LogRecord] = []
-    handler, logger = logging.Handler(), logging.getLogger("peft_gradguard")
-    handler.emit = found.append  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    yield found
-    logger.setLevel(logging.NOTSET)
-    logger.removeHandler(handler)
 
 
 def backward(model: peft.PeftModel, step: int, **batch: Any) -> None:

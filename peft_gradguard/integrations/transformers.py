@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from ..audit import build, tuners_in
+from ..log import say
 from ..skips import known_memory, said_level
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from peft import AdaLoraConfig
     from peft.tuners.adalora import AdaLoraModel, RankAllocator
     from transformers import TrainerControl, TrainerState, TrainingArguments
-
-logger = logging.getLogger("peft_gradguard")
 
 if not hasattr(TrainerCallback, "on_optimizer_step"):
     import transformers
@@ -74,7 +72,7 @@ class AdaLoraCallback(TrainerCallback):
         """Let AdaLoRA score, allocate and mask. Trainer counts the step only after this event, hence the one more."""
         if not self._somebody_else_calls and not all(map(_untouched, self._tuners, self._left)):
             self._somebody_else_calls = True
-            logger.log(
+            say(
                 said_level(),
                 "Something else calls update_and_allocate in this training too (step %d): another callback, or the "
                 "trainer. AdaLoraCallback leaves the calls to it. Take one of the two out; AdaLoraCallback is enough.",
@@ -115,7 +113,7 @@ class AdaLoraCallback(TrainerCallback):
         _require_room(config, config.total_step)
         if config.total_step != steps:
             settled = config.total_step - config.tfinal
-            logger.log(
+            say(
                 said_level(),
                 "total_step of AdaLoRA's adapter %r is %d, but this run has %d optimizer steps: %s. To have it set for "
                 "you, set total_step of the AdaLoraConfig to None before training.",
