@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test matrix conformity lint types build proof soak cost bench mutants clean
+.PHONY: demo test matrix conformity lint types build proof soak cost bench coverage mutants clean
 
 demo: .venv/ready  ## the main job on real digits
 	$(BIN)/python examples/digits.py
@@ -58,7 +58,18 @@ bench: .venv/ready  ## what an allocator step costs, with the guard and without 
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@touch $@
 
-mutants: .venv/stacks  ## every small change of the package: does a test notice? (hours)
+# Which test runs which line, in every process: pyproject.toml says how.
+coverage: export COVERAGE_ROOT = $(CURDIR)
+coverage: export COVERAGE_FILE = $(CURDIR)/.coverage
+coverage: export COVERAGE_PROCESS_START = $(CURDIR)/pyproject.toml
+coverage: .venv/stacks  ## the lines and branches that no test runs
+	$(PIP) --editable ".[mutants]"
+	$(BIN)/coverage erase
+	$(BIN)/python -m pytest -n 2 --dist loadfile --junitxml=.durations.xml
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --show-missing --skip-covered
+
+mutants: .venv/stacks coverage  ## every small change of the package: does a test notice? (hours)
 	$(PIP) --editable ".[mutants]"
 	$(BIN)/python tests/mutants.py
 

@@ -259,6 +259,6 @@ def _scheduled(config: AdaLoraConfig, step: int, init: int, target: int) -> int 
         schedule = schedule.__wrapped__
     try:
         return int(schedule(SimpleNamespace(peft_config=config, init_bgt=init, target_bgt=target), step)[0])
-    except (ArithmeticError, TypeError):
-        # The schedule has no room, or total_step is not set: advice.py says so.
+    except TypeError:
+        # total_step is not set: advice.py says so.
         return None

@@ -80,8 +80,6 @@ def _objection(allocator: RankAllocator, parameters: list[AdaLoraParameter]) -> 
             return f"{parameter.name} is sharded"
         if type(weight) is not torch.nn.Parameter or type(gradient) is not torch.Tensor:
             return f"{parameter.name} or its gradient is no plain tensor"
-        if not weight.layout == gradient.layout == torch.strided:
-            return f"{parameter.name} or its gradient is not dense"
     return None
 
 

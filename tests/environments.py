@@ -145,6 +145,9 @@ def real() -> Environment:
     beside = Path(torch.__file__).parent.parent
     # A plain path: the .pth files that lie there are not read.
     (environment.site_packages / "zz_beside.pth").write_text(f"{beside}\n")
+    if "COVERAGE_PROCESS_START" in os.environ:
+        shutil.copytree(beside / "coverage", environment.site_packages / "coverage")
+        (environment.site_packages / "a_coverage.pth").write_text("import coverage; coverage.process_startup()\n")
     return environment
 
 

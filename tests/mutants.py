@@ -1,59 +1,65 @@
 """Mutation testing with cosmic-ray: does a test notice each small change of the package?
 
-``make mutants`` changes every file; ``python tests/mutants.py ranking.py gradients.py`` some. Two copies of the project
-under ``.mutants`` work side by side. Each has a process that has imported torch, transformers and PEFT, and forks for
-each mutant; so a mutant costs its tests and not the imports. A survivor is a change that no test noticed.
+``make mutants`` changes every file; ``python tests/mutants.py ranking.py autoload/sitecustomize.py`` some. ``make
+coverage`` comes first: it tells which tests run a line, and how long they take. A mutant gets the tests of its line,
+the quickest first.
+
+Two copies of the project under ``.mutants`` work side by side. Each has a process that has imported torch, transformers
+and PEFT, and forks for each mutant; so a mutant costs its tests and not the imports. A survivor is a change that no
+test noticed.
 """
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import accumulate, zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".mutants"
 SOCKET = "mutants.sock"
+COVERAGE = (".coverage", ".durations.xml")
 WORKERS = 2
 LONGEST = 900
 """Seconds until a mutant counts as noticed, because it hangs."""
+ENOUGH = 60
+"""Seconds of tests, as measured by ``make coverage``, after which a mutant counts as a survivor."""
 
-CORE = (
-    "test_parameters test_rules test_oracle test_exclusions test_late_calls test_overflow test_fused test_scenarios "
-    "test_equivalence"
-)
-START = "test_lifecycle test_autoload"
-TESTS = {
-    **dict.fromkeys(("hooks", "__init__", "errors"), f"test_lifecycle {CORE} test_autoload"),
-    **dict.fromkeys(("settings",), f"{START} test_exclusions test_fused test_report"),
-    **dict.fromkeys(("__main__", "probe", "status", "sitecustomize", "_peft_gradguard_start"), START),
-    "cli": f"test_inspect {START}",
-    **dict.fromkeys(("shards", "zero"), f"test_fsdp test_deepspeed {CORE}"),
-    **dict.fromkeys(("fused", "together", "replaced"), f"test_fused {CORE}"),
-    **dict.fromkeys(("undo", "log"), f"test_hostile {CORE}"),
-    "late": f"test_late_calls {CORE}",
-    "exclusions": f"test_exclusions {CORE}",
-    "walk": f"test_walk {CORE}",
-    "uncalled": f"test_clients {CORE}",
+CORE = "test_parameters test_rules test_oracle test_exclusions test_late_calls test_overflow test_fused test_scenarios"
+START = "test_autoload test_autoload_real test_lifecycle"
+REPORT = "test_report test_plots test_inspect test_callback"
+OUTSIDE = {
     **dict.fromkeys(
-        ("reports", "audit", "advice", "importance", "counts", "sections", "tables", "layers"),
-        "test_report test_plots test_inspect test_callback",
+        ("settings", "cli", "__main__", "probe", "status", "sitecustomize", "_peft_gradguard_start"), START
     ),
-    "saved": "test_inspect",
-    "plots": "test_plots test_inspect",
-    "transformers": "test_callback",
-    "overlap": f"test_rules {CORE}",
+    **dict.fromkeys(("hooks", "__init__", "errors"), f"{START} {CORE}"),
+    **dict.fromkeys(("reports", "audit", "advice", "importance", "counts", "sections", "tables", "layers"), REPORT),
+    **dict.fromkeys(("saved", "plots", "transformers"), REPORT),
+    "shards": f"test_fsdp {CORE}",
+    "zero": f"test_deepspeed {CORE}",
+    "late": f"test_late_calls {CORE}",
+    "walk": f"test_walk {CORE}",
 }
-"""The tests for each file, those that are likely to notice first; every other file has those of ``CORE``."""
+"""The tests for lines that belong to no test, as they run at import; a file not named here has those of ``CORE``."""
 
-UNSEEN = ("TYPE_CHECKING", "strict=True")
-"""What only a type checker or a broken invariant would see: lines with it are not changed."""
+WHOLE = ("test_ddp", "test_deepspeed", "test_fsdp", "test_docs")
+"""Files whose tests share what was run once: a line that one of them runs has the whole file."""
+
+UNSEEN = ("TYPE_CHECKING", "strict=True", "CHUNK = ")
+"""What only a type checker, a broken invariant or a clock would see: lines with it are not changed."""
 
 # Annotations are never run (BitOr), and `is` instead of `==` on short strings or None changes nothing in CPython.
 LEFT_OUT = ["core/ReplaceBinaryOperator_.*BitOr.*", "core/ReplaceComparisonOperator_.*_Is(Not)?$",
@@ -80,7 +86,7 @@ def copy(number: int) -> Path:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
-    for name in listed.stdout.splitlines():
+    for name in (*listed.stdout.splitlines(), *COVERAGE):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
@@ -88,7 +94,7 @@ def copy(number: int) -> Path:
 
 
 def mutate(number: int, modules: list[str]) -> Path:
-    """Try every mutant of these modules, and return cosmic-ray's session."""
+    """Try this worker's part of the mutants of these modules, and return cosmic-ray's session."""
     folder = copy(number)
     session = FOLDER / f"{number}.sqlite"
     session.unlink(missing_ok=True)
@@ -109,27 +115,32 @@ def mutate(number: int, modules: list[str]) -> Path:
                 ("cosmic-ray", "exec", "mutants.toml", session),
             ):
                 if "exec" in arguments:
-                    leave_out_unseen(session, folder)
+                    leave_out(session, folder, number)
                 subprocess.run([Path(sys.executable).parent / tool, *arguments], cwd=folder, env=environ, check=True)
         finally:
             server.terminate()
     return session
 
 
-def leave_out_unseen(session: Path, folder: Path) -> None:
+def leave_out(session: Path, folder: Path, number: int) -> None:
+    """Leave out what the other workers try, and what no test could see."""
     from cosmic_ray.work_db import WorkDB, use_db
     from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
     with use_db(str(session), WorkDB.Mode.open) as database:
         for item in list(database.pending_work_items):
             (mutation,) = item.mutations
+            name = f"{mutation.module_path} {mutation.operator_name} {mutation.occurrence}"
+            others = zlib.crc32(name.encode()) % WORKERS != number
             line = (folder / mutation.module_path).read_text().splitlines()[mutation.start_pos[0] - 1]
-            if any(part in line for part in UNSEEN):
-                database.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED, output="unseen"))
+            if others or any(part in line for part in UNSEEN):
+                database.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED, output="left out"))
 
 
 def serve() -> None:
-    """Answer each request by running the tests of the file that is changed now, in a fork."""
+    """Answer each request by running the tests of the line that is changed now, in a fork."""
+    import hypothesis  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
     import peft.tuners.adalora  # noqa: F401
     import pytest  # noqa: F401
     import torch
@@ -137,22 +148,97 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     sys.path.insert(0, os.getcwd())
-    before = {path: path.read_bytes() for path in Path("peft_gradguard").rglob("*.py")}
+    before = {path: path.read_text() for path in Path("peft_gradguard").rglob("*.py")}
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(SOCKET)
         listening.listen()
         while True:
             connection, _ = listening.accept()
             with connection:
-                changed = [path.stem for path, text in before.items() if path.read_bytes() != text]
-                connection.sendall(str(in_fork(changed)).encode())
+                tests = [test for path, text in before.items() for test in tests_for(path, text)]
+                began, status = time.monotonic(), in_fork(tests)
+                print(f"{len(tests)} tests, {time.monotonic() - began:.1f} s, status {status}, {tests[:3]}", flush=True)
+                connection.sendall(str(status).encode())
 
 
-def in_fork(changed: list[str]) -> int:
+def tests_for(path: Path, before: str) -> list[str]:
+    """Choose the tests for what is changed in this file now, the quickest first; none if nothing is."""
+    lines, now = before.splitlines(), path.read_text().splitlines()
+    if lines == now:
+        return []
+    changed = next(number for number, pair in enumerate(zip_longest(lines, now), 1) if pair[0] != pair[1])
+    ran = contexts(str(path))
+    chosen = [test for line in statement(before, changed) for test in ran.get(line, ())]
+    if not chosen:
+        names = OUTSIDE.get(path.stem, CORE).split()
+        chosen = [f"tests/{name}.py" for name in names if Path(f"tests/{name}.py").exists()]
+    seconds = durations()
+    quickest = sorted(dict.fromkeys(chosen), key=lambda test: seconds[test])
+    together = accumulate(seconds[test] for test in quickest)
+    return [
+        test
+        for number, (test, total) in enumerate(zip(quickest, together, strict=True))
+        if number < 3 or total < ENOUGH
+    ]
+
+
+def statement(text: str, line: int) -> set[int]:
+    """Return the lines of the innermost statement that holds this one, for a function's head those of its body.
+
+    There are none for what is not inside of a function.
+    """
+    spans = []
+    for function in ast.walk(ast.parse(text)):
+        if isinstance(function, ast.FunctionDef):
+            first = min(node.lineno for node in (function, *function.decorator_list))
+            spans.append((first, function.end_lineno or 0))
+            spans += [
+                (node.lineno, node.end_lineno or 0)
+                for node in ast.walk(function) if isinstance(node, ast.stmt) and node is not function
+            ]  # fmt: skip
+    holding = [span for span in spans if span[0] <= line <= span[1]]
+    first, last = min(holding, key=lambda span: span[1] - span[0], default=(1, 0))
+    return set(range(first, last + 1))
+
+
+@cache
+def contexts(path: str) -> dict[int, set[str]]:
+    """Return, for each line of this file, the tests that ran it in ``make coverage``."""
+    from coverage import CoverageData
+
+    data = CoverageData(str(ROOT / ".coverage"))
+    data.read()
+    (name,) = [name for name in data.measured_files() if name.endswith(f"/{path}") or name == path]
+    return {
+        line: {as_test(context) for context in found} - {""} for line, found in data.contexts_by_lineno(name).items()
+    }
+
+
+def as_test(context: str) -> str:
+    """Turn coverage's name of a test, or pytest's with its parameters and phase, into one that selects it."""
+    found = re.match(r"tests/(\w+)\.py::(\w+)|(test_\w+)\.(\w+)", context)
+    if not found:
+        return ""
+    file, name = filter(None, found.groups())
+    return f"tests/{file}.py" if file in WHOLE else f"tests/{file}.py::{name}"
+
+
+@cache
+def durations() -> Counter[str]:
+    """Return the seconds of each test, all its parameters together, and of each file, in ``make coverage``."""
+    seconds: Counter[str] = Counter()
+    for case in ET.parse(ROOT / ".durations.xml").iter("testcase"):
+        file = f"{case.attrib['classname'].replace('.', '/')}.py"
+        for name in (file, f"{file}::{case.attrib['name'].split('[')[0]}"):
+            seconds[name] += float(case.attrib["time"])  # type: ignore[assignment]
+    return seconds
+
+
+def in_fork(tests: list[str]) -> int:
     child = os.fork()
     if child == 0:
         os.setsid()
-        os._exit(run(changed))
+        os._exit(run(tests))
     for _ in range(LONGEST * 10):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -163,16 +249,16 @@ def in_fork(changed: list[str]) -> int:
     return 124
 
 
-def run(changed: list[str]) -> int:
+def run(tests: list[str]) -> int:
     import pytest
 
+    if not tests:
+        return 0
     quiet = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(quiet, stream)
-    names = " ".join(TESTS.get(name, CORE) for name in changed) or CORE
-    files = [f"tests/{name}.py" for name in dict.fromkeys(names.split()) if Path(f"tests/{name}.py").exists()]
     return int(
-        pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-profile=quick", *files])
+        pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-profile=quick", *tests])
     )
 
 
@@ -183,12 +269,20 @@ def ask() -> int:
 
 
 def main(names: list[str]) -> int:
-    every = sorted((ROOT / "peft_gradguard").rglob("*.py"), key=lambda path: -path.stat().st_size)
-    chosen = [str(path.relative_to(ROOT)) for path in every if not names or path.name in names]
+    missing = [name for name in COVERAGE if not (ROOT / name).exists()]
+    if missing:
+        print(f"{' and '.join(missing)} are not there: which tests run a line comes from `make coverage`.")
+        return 1
+    package = ROOT / "peft_gradguard"
+    every = {str(path.relative_to(package)): str(path.relative_to(ROOT)) for path in sorted(package.rglob("*.py"))}
+    unknown = [name for name in names if name not in every]
+    if unknown:
+        print(f"No file of the package is called {', '.join(unknown)}.")
+        return 1
+    chosen = [every[name] for name in names or every]
     FOLDER.mkdir(exist_ok=True)
-    shares = [chosen[number::WORKERS] for number in range(WORKERS)]
     with ThreadPoolExecutor(WORKERS) as pool:
-        sessions = list(pool.map(mutate, range(WORKERS), shares))
+        sessions = list(pool.map(mutate, range(WORKERS), [chosen] * WORKERS))
     report(sessions)
     return 0
 

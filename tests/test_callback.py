@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
+import subprocess
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +24,11 @@ from scenarios import (
     branches,
     build,
     frozen,
+    loss_of,
     two_branches,
+    vectors,
 )
-from test_late_calls import Examples
+from trainers import Examples, training_arguments
 
 import peft_gradguard
 from peft_gradguard.integrations.transformers import AdaLoraCallback
@@ -39,13 +43,11 @@ KEYS = {"adalora/budget", "adalora/total_rank", "adalora/skipped"}
 
 
 def trainer(model: torch.nn.Module, *callbacks: Any, steps: int = TOTAL, **arguments: Any) -> transformers.Trainer:
-    settings: dict[str, Any] = {
-        "output_dir": "run", "max_steps": steps, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-        "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "label_names": ["labels"],
-        "remove_unused_columns": False, "logging_steps": 1, **arguments,
-    }  # fmt: skip
     return transformers.Trainer(
-        model, transformers.TrainingArguments(**settings), train_dataset=Examples(), callbacks=list(callbacks)
+        model,
+        training_arguments(steps, **{"logging_steps": 1, **arguments}),
+        train_dataset=Examples(),
+        callbacks=list(callbacks),
     )
 
 
@@ -85,7 +87,7 @@ def test_adapts_as_by_hand(accumulation: int, said: Callable[[], list[str]]) -> 
     for callback in (lambda model: AdaLoraCallback(), ByHand):
         model = build(branches())
         frozen("trunk.0")(model, 0)
-        trainer(model, callback(model), gradient_accumulation_steps=accumulation).train()
+        trainer(model, callback(model), accumulation=accumulation).train()
         found.append((model.peft_config["default"].rank_pattern, weights(model)))
     (pattern, ours), (expected, theirs) = found
     assert pattern == expected
@@ -108,7 +110,7 @@ def test_total_step_is_set_where_it_is_unset(
 
 def test_total_step_from_epochs(model: peft.PeftModel) -> None:
     model.peft_config["default"].total_step = None
-    run = trainer(model, AdaLoraCallback(), steps=-1, num_train_epochs=2, gradient_accumulation_steps=2)
+    run = trainer(model, AdaLoraCallback(), steps=-1, num_train_epochs=2, accumulation=2)
     run.train()
     assert model.peft_config["default"].total_step == run.state.max_steps == run.state.global_step
 
@@ -275,12 +277,73 @@ def test_resumed_from_a_checkpoint(said: Callable[[], list[str]]) -> None:
     assert said() == []
 
 
-def test_works_with_the_guard_switched_off(model: peft.PeftModel) -> None:
+def test_works_with_the_guard_switched_off() -> None:
     with peft_gradguard.disabled():
+        model = build(branches())
         run = trainer(model, AdaLoraCallback())
         run.train()
     assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 4 * TARGET_R
+    assert KEYS & logged(run)[TOTAL].keys() == {"adalora/budget", "adalora/total_rank"}
     assert logged(run)[TOTAL]["adalora/total_rank"] == 4 * TARGET_R
+
+
+class Holder(transformers.TrainerCallback):
+    """A callback of somebody's that holds others and hands the events on."""
+
+    def __init__(self, held: transformers.TrainerCallback) -> None:
+        for event in ("on_train_begin", "on_optimizer_step", "on_log", "on_train_end"):
+            setattr(self, event, getattr(held, event))
+
+
+def test_inside_another_callback(model: peft.PeftModel) -> None:
+    watched: list[dict[str, float]] = []
+
+    class Watcher(transformers.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            watched.append(dict(logs))
+
+    run = trainer(model, Watcher(), Holder(AdaLoraCallback()))
+    run.train()
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 4 * TARGET_R
+    assert all(row.keys() >= KEYS for row in logged(run).values())
+    # It cannot come first, so those before it do not see what it adds.
+    assert not [row for row in watched if KEYS & row.keys()]
+
+
+def test_events_of_a_loop_that_is_no_trainer(model: peft.PeftModel, said: Callable[[], list[str]]) -> None:
+    callback, optimizer = AdaLoraCallback(), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    events = training_arguments(TOTAL), transformers.TrainerState(max_steps=TOTAL), transformers.TrainerControl()
+    callback.on_train_begin(*events, model=model)
+    for step in range(TOTAL):
+        loss_of(model, vectors(step), regularised=False).backward()
+        optimizer.step()
+        callback.on_optimizer_step(*events)
+        optimizer.zero_grad()
+        events[1].global_step += 1
+        logs: dict[str, float] = {"loss": 1.0}
+        callback.on_log(*events, logs=logs)
+        assert logs.keys() == {"loss", *KEYS}
+        events[1].log_history.append({"loss": 1.0, "step": step})
+    assert "adalora/budget" not in events[1].log_history[-1]
+    evaluated = {"eval_loss": 1.0}
+    callback.on_log(*events, logs=evaluated)
+    callback.on_log(*events, logs=None)
+    callback.on_train_end(*events)
+    callback.on_log(*events, logs={"loss": 1.0})
+    assert evaluated == {"eval_loss": 1.0}
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 4 * TARGET_R
+    assert said() == []
+
+
+def test_transformers_without_the_event() -> None:
+    program = """
+import transformers
+del transformers.TrainerCallback.on_optimizer_step
+import peft_gradguard.integrations.transformers
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    version = transformers.__version__
+    assert f"on_optimizer_step, which transformers {version} has not: install transformers 4.44 or newer" in ran.stderr
 
 
 def test_keeps_no_model_alive() -> None:

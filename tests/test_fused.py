@@ -500,11 +500,28 @@ class Tagged(torch.Tensor):
     pass
 
 
+def tag(allocator: RankAllocator, name: str, parameter: torch.nn.Parameter) -> None:
+    parameter.grad = parameter.grad.as_subclass(Tagged)
+
+
+def shrink_average(allocator: RankAllocator, name: str, parameter: torch.nn.Parameter) -> None:
+    allocator.exp_avg_ipt[name] = allocator.exp_avg_ipt[name][:1].clone()
+
+
+def widen_average(allocator: RankAllocator, name: str, parameter: torch.nn.Parameter) -> None:
+    allocator.exp_avg_ipt[name] = allocator.exp_avg_ipt[name].double()
+
+
+def forget_average(allocator: RankAllocator, name: str, parameter: torch.nn.Parameter) -> None:
+    del allocator.ipt[name]
+
+
 @today
-def test_tensors_of_other_kinds_are_left_to_peft() -> None:
+@pytest.mark.parametrize("change", [tag, shrink_average, widen_average, forget_average])
+def test_tensors_of_other_kinds_are_left_to_peft(change: Callable[..., None]) -> None:
     model, allocator = ready()
     parameter = model.base_model.model.layers[0].lora_A["default"]
-    parameter.grad = parameter.grad.as_subclass(Tagged)
+    change(allocator, "layers.0.lora_A.default", parameter)
     with calls_of(pefts_update_ipt()) as calls:
         allocator.update_ipt(model.base_model.model)
     assert len(calls) == 1

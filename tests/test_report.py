@@ -233,6 +233,13 @@ def test_model_without_adalora_is_refused(wrong: Callable[[], object], message: 
         peft_gradguard.report(wrong())
 
 
+def test_holder_that_holds_itself_is_refused() -> None:
+    holder = types.SimpleNamespace()
+    holder.model = holder.module = holder
+    with pytest.raises(ValueError, match="given a SimpleNamespace, in which there is no AdaLoRA model"):
+        peft_gradguard.report(holder)
+
+
 def reporting(model: peft.PeftModel, step: int) -> None:
     every_step(model, step)
     report = peft_gradguard.report(model)
@@ -343,6 +350,27 @@ def test_advice_on_steps_that_cannot_fit(model: peft.PeftModel) -> None:
     assert only(model).advice == ()
     config.total_step = None
     assert "total_step is not set" in only(model).advice[0]
+
+
+def test_budget_without_a_schedule_is_not_known(model: peft.PeftModel) -> None:
+    advance(model, *range(1, TINIT + 2))
+    config = model.peft_config["default"]
+    for total_step, budget in ((TINIT + TFINAL, 4 * TARGET_R), (None, None)):
+        config.total_step = total_step
+        adapter = only(model)
+        assert (adapter.init_budget, adapter.budget, adapter.target_budget) == (4 * INIT_R, budget, 4 * TARGET_R)
+    assert "at the start, ? now" in str(peft_gradguard.report(model))
+
+
+def test_advice_on_flat_parameters(model: peft.PeftModel, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model.requires_grad_(True)
+    holding = in_ddp(model, tmp_path)
+    next(holding)
+    flat = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=False)
+    assert "FSDP has made flat parameters of them (wrap with use_orig_params=True)" in only(flat).advice[0]
+    assert not list(holding)
 
 
 @pytest.mark.peft
