@@ -170,12 +170,16 @@ class RankAllocator:
 """
 
 
-def test_peft_that_another_thread_is_still_importing_is_waited_for(tmp_path: Path) -> None:
-    package = tmp_path / "peft" / "tuners"
+def write_slow_peft(folder: Path) -> None:
+    package = folder / "peft" / "tuners"
     package.mkdir(parents=True)
-    (tmp_path / "peft" / "__init__.py").write_text("")
+    (folder / "peft" / "__init__.py").write_text("")
     (package / "__init__.py").write_text("")
     (package / "adalora.py").write_text(HALF_IMPORTED)
+
+
+def test_peft_that_another_thread_is_still_importing_is_waited_for(tmp_path: Path) -> None:
+    write_slow_peft(tmp_path)
     counts, stderr = python(
         """
         import torch
@@ -183,6 +187,30 @@ def test_peft_that_another_thread_is_still_importing_is_waited_for(tmp_path: Pat
         thread = threading.Thread(target=__import__, args=("peft.tuners.adalora",))
         thread.start()
         threading.importing.wait()
+        import peft_gradguard
+        print(json.dumps(wrappers()))
+        """,
+        path=tmp_path,
+    )
+    assert counts == [1] * 6
+    assert stderr == ""
+
+
+def test_peft_that_another_thread_begins_to_import_meanwhile_is_waited_for(tmp_path: Path) -> None:
+    """The other thread comes between the look for PEFT and the registration of the hook, which then runs at once."""
+    write_slow_peft(tmp_path)
+    counts, stderr = python(
+        """
+        import torch, wrapt
+        register = wrapt.register_post_import_hook
+
+        def register_late(*args):
+            threading.importing = threading.Event()
+            threading.Thread(target=__import__, args=("peft.tuners.adalora",)).start()
+            threading.importing.wait()
+            register(*args)
+
+        wrapt.register_post_import_hook = register_late
         import peft_gradguard
         print(json.dumps(wrappers()))
         """,
