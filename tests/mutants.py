@@ -2,7 +2,7 @@
 
 ``make mutants`` changes every file; ``python tests/mutants.py ranking.py autoload/sitecustomize.py`` some. ``make
 coverage`` comes first: it tells which tests run a line, and how long they take. A mutant gets the tests of its line,
-the quickest first.
+the quickest first. ``python tests/mutants.py --on`` goes on where it was interrupted.
 
 Two copies of the project under ``.mutants`` work side by side. Each has a process that has imported torch, transformers
 and PEFT, and forks for each mutant; so a mutant costs its tests and not the imports. A survivor is a change that no
@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import accumulate, zip_longest
+from itertools import accumulate, compress, zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +36,10 @@ COVERAGE = (".coverage", ".durations.xml")
 WORKERS = 2
 LONGEST = 900
 """Seconds until a mutant counts as noticed, because it hangs."""
-ENOUGH = 60
-"""Seconds of tests, as measured by ``make coverage``, after which a mutant counts as a survivor."""
+QUICK = 25
+"""Seconds of tests, as measured by ``make coverage``, that a mutant gets at first; what survives gets the others."""
+SLOW = 100
+"""Seconds from which on a test is left out: a mutant that only it could notice counts as a survivor."""
 
 CORE = "test_parameters test_rules test_oracle test_exclusions test_late_calls test_overflow test_fused test_scenarios"
 START = "test_autoload test_autoload_real test_lifecycle"
@@ -58,7 +61,7 @@ OUTSIDE = {
 WHOLE = ("test_ddp", "test_deepspeed", "test_fsdp", "test_docs")
 """Files whose tests share what was run once: a line that one of them runs has the whole file."""
 
-UNSEEN = ("TYPE_CHECKING", "strict=True", "CHUNK = ")
+UNSEEN = ("TYPE_CHECKING", "strict=True", "CHUNK")
 """What only a type checker, a broken invariant or a clock would see: lines with it are not changed."""
 
 # Annotations are never run (BitOr), and `is` instead of `==` on short strings or None changes nothing in CPython.
@@ -93,33 +96,43 @@ def copy(number: int) -> Path:
     return folder
 
 
-def mutate(number: int, modules: list[str]) -> Path:
+def mutate(number: int, modules: list[str] | None) -> Path:
     """Try this worker's part of the mutants of these modules, and return cosmic-ray's session."""
     folder = copy(number)
     session = FOLDER / f"{number}.sqlite"
-    session.unlink(missing_ok=True)
-    (folder / "mutants.toml").write_text(
-        CONFIGURATION.format(modules=modules, timeout=LONGEST + 60, python=sys.executable, left_out=LEFT_OUT)
-    )
     environ = {
         **os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
+
+    def call(tool: str, *arguments: object, **more: str) -> None:
+        command = [Path(sys.executable).parent / tool, *map(str, arguments)]
+        subprocess.run(command, cwd=folder, env={**environ, **more}, check=True)
+
+    if modules is not None:
+        session.unlink(missing_ok=True)
+        (FOLDER / "mutants.toml").write_text(
+            CONFIGURATION.format(modules=modules, timeout=LONGEST + 60, python=sys.executable, left_out=LEFT_OUT)
+        )
+        call("cosmic-ray", "init", FOLDER / "mutants.toml", session)
+        call("cr-filter-operators", session, FOLDER / "mutants.toml")
+        leave_out(session, folder, number)
     with subprocess.Popen([sys.executable, "tests/mutants.py", "--serve"], cwd=folder, env=environ) as server:
         try:
             while not (folder / SOCKET).exists():
                 time.sleep(0.5)
-            for tool, *arguments in (
-                ("cosmic-ray", "init", "mutants.toml", session),
-                ("cr-filter-operators", session, "mutants.toml"),
-                ("cosmic-ray", "exec", "mutants.toml", session),
-            ):
-                if "exec" in arguments:
-                    leave_out(session, folder, number)
-                subprocess.run([Path(sys.executable).parent / tool, *arguments], cwd=folder, env=environ, check=True)
+            call("cosmic-ray", "exec", FOLDER / "mutants.toml", session, MUTANTS_TESTS="quick")
+            forget_survivors(session)
+            call("cosmic-ray", "exec", FOLDER / "mutants.toml", session, MUTANTS_TESTS="slow")
         finally:
             server.terminate()
     return session
+
+
+def forget_survivors(session: Path) -> None:
+    """Make those that the quick tests did not notice pending again."""
+    with sqlite3.connect(session) as database:
+        database.execute("DELETE FROM work_results WHERE test_outcome = 'SURVIVED'")
 
 
 def leave_out(session: Path, folder: Path, number: int) -> None:
@@ -155,14 +168,15 @@ def serve() -> None:
         while True:
             connection, _ = listening.accept()
             with connection:
-                tests = [test for path, text in before.items() for test in tests_for(path, text)]
+                which = connection.recv(16).decode()
+                tests = [test for path, text in before.items() for test in tests_for(path, text, which)]
                 began, status = time.monotonic(), in_fork(tests)
                 print(f"{len(tests)} tests, {time.monotonic() - began:.1f} s, status {status}, {tests[:3]}", flush=True)
                 connection.sendall(str(status).encode())
 
 
-def tests_for(path: Path, before: str) -> list[str]:
-    """Choose the tests for what is changed in this file now, the quickest first; none if nothing is."""
+def tests_for(path: Path, before: str, which: str) -> list[str]:
+    """Choose the quick or the slow tests for what is changed in this file now; none if nothing is."""
     lines, now = before.splitlines(), path.read_text().splitlines()
     if lines == now:
         return []
@@ -175,11 +189,10 @@ def tests_for(path: Path, before: str) -> list[str]:
     seconds = durations()
     quickest = sorted(dict.fromkeys(chosen), key=lambda test: seconds[test])
     together = accumulate(seconds[test] for test in quickest)
-    return [
-        test
-        for number, (test, total) in enumerate(zip(quickest, together, strict=True))
-        if number < 3 or total < ENOUGH
-    ]
+    quick = [number < 3 or total < QUICK for number, total in enumerate(together)]
+    if which == "quick":
+        return list(compress(quickest, quick))
+    return [test for test, done in zip(quickest, quick, strict=True) if not done and seconds[test] < SLOW]
 
 
 def statement(text: str, line: int) -> set[int]:
@@ -265,6 +278,7 @@ def run(tests: list[str]) -> int:
 def ask() -> int:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(SOCKET)
+        connection.sendall(os.environ["MUTANTS_TESTS"].encode())
         return abs(int(connection.recv(16)))
 
 
@@ -275,11 +289,12 @@ def main(names: list[str]) -> int:
         return 1
     package = ROOT / "peft_gradguard"
     every = {str(path.relative_to(package)): str(path.relative_to(ROOT)) for path in sorted(package.rglob("*.py"))}
-    unknown = [name for name in names if name not in every]
+    on = names == ["--on"]
+    unknown = [name for name in names if name not in every and not on]
     if unknown:
         print(f"No file of the package is called {', '.join(unknown)}.")
         return 1
-    chosen = [every[name] for name in names or every]
+    chosen = None if on else [every[name] for name in names or every]
     FOLDER.mkdir(exist_ok=True)
     with ThreadPoolExecutor(WORKERS) as pool:
         sessions = list(pool.map(mutate, range(WORKERS), [chosen] * WORKERS))
