@@ -48,8 +48,8 @@ def summary(adapter: AdapterReport) -> list[str]:
     started, kept = (sum(getattr(module, field) for module in modules) for field in ("rank_started", "rank_kept"))
     counted = f"{_number(len(modules), 'module')}, {_number(len(parameters), 'AdaLoRA parameter')}"
     if not adapter.saved:
-        counted += f", {'all' if trainable == len(parameters) else trainable or 'none'} trainable"
-    lines = [counted, f"{kept} of {started} ranks kept"]
+        counted += f", {'none' if not trainable else 'all' if trainable == len(parameters) else trainable} trainable"
+    lines = [counted, f"{kept} of {_number(started, 'rank')} kept"]
     if adapter.saved:
         if ranked and adapter.unranked_ranks:
             others = _number(len(modules) - len(ranked), "module")
@@ -64,7 +64,8 @@ def summary(adapter: AdapterReport) -> list[str]:
         )
         if adapter.unranked_ranks:
             others = _number(len(modules) - len(ranked), "module")
-            lines.append(f"{adapter.unranked_ranks} ranks of {others} not ranked come on top")
+            ranks = _number(adapter.unranked_ranks, "rank")
+            lines.append(f"{ranks} of {others} not ranked {'comes' if adapter.unranked_ranks == 1 else 'come'} on top")
         lines.append(_scored(adapter, parameters))
     else:
         lines.append("not trained here: it has no rank allocator")
@@ -181,7 +182,7 @@ def _left_section(
     ]
     head = ("module", "layers", "part", "why", *(["left out"] if begun else []))
     more = len(rows) - MANY_ROWS
-    return Section(title, head, tuple(rows[:MANY_ROWS]), f"and {more} more such groups" if more > 0 else "")
+    return Section(title, head, tuple(rows[:MANY_ROWS]), _more(more, "such group"))
 
 
 def _reasons(module: ModuleReport) -> dict[SkipReason, list[ParameterReport]]:
@@ -234,11 +235,11 @@ def _by_kind(adapter: AdapterReport, kinds: dict[str, str], labels: dict[str, st
         head += ["ranks kept", *(["importance"] if important else [])]
     else:
         head += ["A", "B", "trainable"]
-    return Section("By kind of module", tuple(head), tuple(rows[:MANY_ROWS]), _more(len(rows) - MANY_ROWS))
+    return Section("By kind of module", tuple(head), tuple(rows[:MANY_ROWS]), _more(len(rows) - MANY_ROWS, "kind"))
 
 
-def _more(kinds: int) -> str:
-    return f"and {_number(kinds, 'more kind')}" if kinds > 0 else ""
+def _more(count: int, thing: str) -> str:
+    return f"and {_number(count, f'more {thing}')}" if count > 0 else ""
 
 
 def _shapes(modules: Sequence[ModuleReport], factor: str) -> str:
@@ -250,7 +251,7 @@ def _shapes(modules: Sequence[ModuleReport], factor: str) -> str:
 def _trainable(modules: Sequence[ModuleReport]) -> str:
     parameters = [parameter for module in modules for parameter in module.parameters]
     count = sum(parameter.trainable for parameter in parameters)
-    return "all" if count == len(parameters) else f"{count} of {len(parameters)}" if count else "none"
+    return "none" if not count else "all" if count == len(parameters) else f"{count} of {len(parameters)}"
 
 
 def _by_layer(adapter: AdapterReport, kinds: dict[str, str], labels: dict[str, str]) -> list[Section]:
@@ -270,8 +271,11 @@ def _by_layer(adapter: AdapterReport, kinds: dict[str, str], labels: dict[str, s
     ]
     more = len(rows) - MANY_ROWS
     return [
-        Section("Ranks kept, by layer", ("layer", *map(str, layers)), tuple(rows[:MANY_ROWS]), _more(more)),
+        Section("Ranks kept, by layer", ("layer", *map(str, layers)), tuple(rows[:MANY_ROWS]), _more(more, "kind")),
         Section(
-            "Ranks kept, elsewhere", ("module", "ranks kept"), tuple(alone[:MANY_ROWS]), _more(len(alone) - MANY_ROWS)
+            "Ranks kept, elsewhere",
+            ("module", "ranks kept"),
+            tuple(alone[:MANY_ROWS]),
+            _more(len(alone) - MANY_ROWS, "module"),
         ),
     ]

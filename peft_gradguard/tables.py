@@ -103,7 +103,7 @@ def _columns(section: Section, width: int) -> list[str]:
     lines = []
     for row in table:
         lines.append("  " + labels[row[0]])
-        lines.append(_wrapped(", ".join(cell or "-" for cell in row[1:]), width, "    "))
+        lines.append(_wrapped("; ".join(cell or "-" for cell in row[1:]), width, "    "))
     return lines
 
 
