@@ -270,9 +270,8 @@ def run(tests: list[str]) -> int:
     quiet = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(quiet, stream)
-    return int(
-        pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-profile=quick", *tests])
-    )
+    options = ["-x", "-q", "--assert=plain", "--hypothesis-profile=quick", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return int(pytest.main([*options, *tests]))
 
 
 def ask() -> int:
