@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from .layers import place, short_labels
 
 try:
-    from matplotlib import colormaps
+    from matplotlib import colormaps, rc_context
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -52,8 +52,8 @@ HALF = 0.48
 """Of a cell, in cells: a thin line stays between two of them."""
 GAP = 0.5
 """Room between groups of rows or columns, in cells."""
-MARGIN, ROOM = 0.1, 6.0
-"""Inches around everything, at the end and while drawing."""
+MARGIN = 0.1
+"""Inches around everything."""
 DPI = 120
 LONGEST_LABEL = 44
 """Characters of a row's label; longer ones lose their middle."""
@@ -90,7 +90,7 @@ def plot_ranks(adapter: AdapterReport, path: str | os.PathLike[str] | None = Non
     grid = grid_of(adapter.modules)
     across, up = max(grid.columns.values()) + 1, max(grid.rows.values()) + 1
     width, height = min(CELL[0], LARGEST / across), min(CELL[1], LARGEST / up)
-    figure = _figure(width * across, height * up)
+    figure = _figure()
     axes = _axes(figure, 0, 0, width * across, height * up)
     norm = Normalize(0, max(1, *(module.rank_started for module in adapter.modules)))
     digits = len(str(max(module.rank_kept for module in adapter.modules)))
@@ -119,7 +119,7 @@ def plot_history(adapter: AdapterReport, path: str | os.PathLike[str] | None = N
     # The last step lasts as long as the others.
     last = adapter.history[-1]
     steps, budget, total, skipped = zip(*adapter.history, last._replace(step=last.step + 1), strict=True)
-    figure = _figure(6, 4)
+    figure = _figure()
     upper = _axes(figure, 0, 1.55, 6, 2.4)
     lower = _axes(figure, 0, 0, 6, 1.2, sharex=upper)
     upper.step(steps, total, where="post", color="C0", label="all ranks that are left")
@@ -207,7 +207,10 @@ def _hatches(modules: Iterable[ModuleReport]) -> dict[SkipReason | None, str]:
     reasons = {module.reason for module in modules if not module.ranked}
     known = [reason for reason in HATCHES if reason in reasons]
     unknown = sorted(reasons.difference(known), key=str)
-    return {reason: HATCHES.get(str(reason)) or OTHER_HATCHES[unknown.index(reason) % 3] for reason in known + unknown}
+    return {
+        reason: HATCHES.get(str(reason)) or OTHER_HATCHES[unknown.index(reason) % len(OTHER_HATCHES)]
+        for reason in known + unknown
+    }
 
 
 def _draw_cell(
@@ -287,35 +290,32 @@ def _title(adapter: AdapterReport) -> str:
     lines = [f"adapter {adapter.adapter!r}: {kept} of {started} ranks kept"]
     notes = [] if adapter.step is None else [f"step {adapter.step}"]
     notes += [] if adapter.budget is None else [f"budget {adapter.budget}"]
-    notes += [f"{adapter.unranked_ranks} not under it"] if notes and adapter.unranked_ranks else []
+    notes += [f"{adapter.unranked_ranks} not under it"] if adapter.budget is not None and adapter.unranked_ranks else []
     return "\n".join(filter(None, [*lines, ", ".join(notes)]))
 
 
-def _figure(width: float, height: float) -> Figure:
-    """Return a figure with room enough around what will be drawn; ``_finish`` cuts it to size."""
-    return Figure((width + 2 * ROOM, height + 2 * ROOM), dpi=DPI)
+def _figure() -> Figure:
+    """Return a figure of one inch square, so that places in it are inches; ``_finish`` gives it its size."""
+    return Figure((1, 1), dpi=DPI)
 
 
 def _axes(figure: Figure, left: float, bottom: float, width: float, height: float, **more: Any) -> Axes:
     """Add axes at this place, in inches."""
-    across, up = figure.get_size_inches()
-    place = ((left + ROOM) / across, (bottom + ROOM) / up, width / across, height / up)
-    return figure.add_axes(place, axes_class=PictureAxes, **more)
+    return figure.add_axes((left, bottom, width, height), axes_class=PictureAxes, **more)
 
 
 def _finish(figure: Figure, axes: Axes, path: str | os.PathLike[str] | None, ending: str) -> Axes:
-    """Cut the figure to what is drawn, so that long names have the room they need, and write it."""
+    """Fit the figure around what is drawn, so that long names have the room they need, and write it."""
     renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
     drawn = figure.get_tightbbox(renderer).padded(MARGIN)
-    across, up = figure.get_size_inches()
     for each in figure.axes:
         box = each.get_position()
         each.set_position(
             (
-                (box.x0 * across - drawn.x0) / drawn.width,
-                (box.y0 * up - drawn.y0) / drawn.height,
-                box.width * across / drawn.width,
-                box.height * up / drawn.height,
+                (box.x0 - drawn.x0) / drawn.width,
+                (box.y0 - drawn.y0) / drawn.height,
+                box.width / drawn.width,
+                box.height / drawn.height,
             )
         )
     figure.set_size_inches(drawn.width, drawn.height)
@@ -325,9 +325,11 @@ def _finish(figure: Figure, axes: Axes, path: str | os.PathLike[str] | None, end
 
 
 def _write(figure: Figure, target: Any, ending: str) -> None:
-    # What is drawn alike shall be written alike, byte for byte; matplotlib would add its version, and the date.
-    metadata = {"Software": None} if ending == ".png" else {"Date": None}
-    figure.savefig(target, format=ending[1:], metadata=metadata)
+    # What is drawn alike shall be written alike, byte for byte; matplotlib would add its version, the date and, to the
+    # names inside of an SVG file, random numbers.
+    metadata = {"Software": None} if ending == ".png" else {"Date": None, "Creator": None}
+    with rc_context({"svg.hashsalt": "peft_gradguard"}):
+        figure.savefig(target, format=ending[1:], metadata=metadata)
 
 
 def _ending(path: str | os.PathLike[str] | None) -> str:
