@@ -158,7 +158,7 @@ def test_pattern_that_matches_nothing_is_named_once_at_the_first_masking_step(
     warnings = [record for record in records if not hasattr(record, "reason")]
     assert [record.levelname for record in warnings] == ["WARNING"]
     assert "by 'classifier', '*.Trunk.*':" in warnings[0].getMessage()
-    assert "base_model.model.trunk.0.lora_" in warnings[0].getMessage()
+    assert "'base_model.model.trunk.0.lora_A.default'" in warnings[0].getMessage()
     with peft_gradguard.exclude("classifier"):
         advance(build(branches()), 4)
     assert len([record for record in records if not hasattr(record, "reason")]) == 2
@@ -175,6 +175,7 @@ def test_everything_excluded_is_warned_of_once_and_trains_with_full_rank(
     warnings = [record for record in records if not hasattr(record, "reason")]
     assert [record.levelname for record in warnings] == ["WARNING"]
     assert "All 12 AdaLoRA parameters are excluded (adapter 'default', step 1)" in warnings[0].getMessage()
+    assert warnings[0].getMessage().endswith("until some of them take part again.")
     assert list(tmp_path.glob("adapter_model.*"))
 
 

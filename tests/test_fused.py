@@ -199,6 +199,10 @@ def mixed_types(model: peft.PeftModel) -> None:
     adapters(model, "layers.0", torch.float64)
 
 
+def one_of_its_type(model: peft.PeftModel) -> None:
+    adapters(model, "layers.1.lora_E", torch.float64)
+
+
 def to_half(model: peft.PeftModel) -> None:
     adapters(model, "", torch.bfloat16)
 
@@ -220,6 +224,7 @@ CHANGES: dict[str, tuple[int, Callable[[peft.PeftModel], None], int]] = {
     # Before which step what changes, and how often PEFT's own code is expected to score.
     "one type": (1, nothing, 4),
     "mixed types": (1, mixed_types, 4),
+    "one of its type": (1, one_of_its_type, 4),
     "half precision later": (7, to_half, 4 + STEPS - 6),
     "double precision later": (7, to_double, 4 + 1 + 3),
     "other betas later": (7, other_betas, 4 + 3),

@@ -174,6 +174,7 @@ def test_all_frozen_in_the_middle_is_warned_of_once_and_nothing_moves(
     assert pattern(model) is result
     warnings = [record for record in records if "All 12 AdaLoRA parameters are frozen" in record.getMessage()]
     assert [record.levelno for record in warnings] == [logging.WARNING]
+    assert warnings[0].getMessage().endswith("stay as they are, until some of them are trainable again.")
 
 
 def test_each_skipped_name_is_logged_once_with_its_reason(
