@@ -126,6 +126,16 @@ def test_saved_before_the_first_pruning(tmp_path: Path, inspect: Inspect) -> Non
     assert code == 0
     assert "24 of 24 ranks kept" in out
     assert "No ranks were allocated" in out
+    (adapter,) = read(tmp_path).adapters
+    assert (adapter.init_budget, adapter.budget, adapter.target_budget) == (None, None, None)
+
+
+def test_configuration_without_target_r(saved: Path) -> None:
+    config = json.loads((saved / CONFIG).read_text())
+    del config["target_r"]
+    (saved / CONFIG).write_text(json.dumps(config))
+    (adapter,) = read(saved).adapters
+    assert (adapter.init_budget, adapter.target_budget) == (24, None)
 
 
 def test_old_weights_file(saved: Path) -> None:

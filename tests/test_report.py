@@ -429,6 +429,36 @@ def test_adapter_that_was_loaded_tells_its_ranks(tmp_path: Path) -> None:
     assert all(module.ranked for module in loaded.modules)
 
 
+@pytest.mark.peft
+def test_ranks_without_a_pattern_are_the_rows_of_e_that_are_not_zero(model: peft.PeftModel) -> None:
+    trunk = model.base_model.model.trunk
+    trunk[0].lora_E["default"].data = torch.tensor([[1.0], [0.0], [-2.0], [0.0], [0.0], [1e-30]])
+    trunk[2].lora_E["default"].data.zero_()
+    found = modules(only(model))
+    assert (found["trunk.0"].rank_kept, found["trunk.0"].rank_started) == (3, INIT_R)
+    # As PEFT starts, or before the first step of the optimizer: nothing is pruned.
+    assert (found["trunk.2"].rank_kept, found["trunk.2"].rank_started) == (INIT_R, INIT_R)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize(("frozen_steps", "most_often"), [(2, "no gradient"), (5, "frozen")])
+def test_reason_of_a_module_is_the_one_that_came_most_often(
+    model: peft.PeftModel, frozen_steps: int, most_often: str
+) -> None:
+    branch = [parameter for name, parameter in model.named_parameters() if ".branch." in name and ".lora_" in name]
+    for step in range(1, 8):
+        for parameter in branch:
+            parameter.requires_grad_(step > frozen_steps)
+        advance(model, step, branch=False)
+    adapter = only(model)
+    assert {m.name: m.reason for m in adapter.modules if m.reason} == dict.fromkeys(
+        ["branch.0", "branch.2"], most_often
+    )
+    assert parameters(adapter)["branch.0.lora_A.default"].steps_skipped == {
+        "frozen": frozen_steps, "no gradient": 7 - frozen_steps
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("noted", [True, False], ids=["ZeRO 3", "FSDP"])
 def test_pieces_of_parameters_are_reported_as_far_as_known(model: peft.PeftModel, noted: bool) -> None:
     advance(model, *range(1, FIRST_MASKING + 1), optimise=True)
