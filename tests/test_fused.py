@@ -502,6 +502,17 @@ def test_subclass_that_overrides_nothing_of_it_is_fine() -> None:
     ready(model)
 
 
+def test_runs_of_parameters_stay_below_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_gradguard import together
+    from peft_gradguard.parameters import AdaLoraParameter
+
+    monkeypatch.setattr(together, "CHUNK", 6)
+    sizes = (7, 3, 3, 1, 4, 5, 12, 1)
+    listed = [AdaLoraParameter("", nn.Parameter(torch.empty(size)), "", "E") for size in sizes]
+    runs = [[p.parameter.numel() for p in run] for run in together._chunks(listed)]
+    assert runs == [[7], [3, 3], [1, 4], [5], [12], [1]]
+
+
 class Tagged(torch.Tensor):
     pass
 
