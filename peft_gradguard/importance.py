@@ -23,7 +23,6 @@ def importance(allocator: RankAllocator, parameters: Iterable[AdaLoraParameter])
     return {module: value for module, value in found.items() if value is not None and math.isfinite(value)}
 
 
-@torch.no_grad()
 def _of_triplet(allocator: RankAllocator, triplet: Triplet) -> float | None:
     scored = allocator.exp_avg_ipt
     # Without the guard PEFT's scores may be shards (FSDP2): to sum those would be a collective.

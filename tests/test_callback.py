@@ -148,6 +148,12 @@ def test_total_step_of_the_user_stays(
     assert re.search(end, message)
 
 
+def test_total_step_of_one_is_one(model: peft.PeftModel) -> None:
+    model.peft_config["default"].total_step = 1
+    with pytest.raises(ValueError, match="take up all of total_step=1"):
+        trainer(model, AdaLoraCallback()).train()
+
+
 @pytest.mark.parametrize("steps", [TINIT + TFINAL, TINIT + TFINAL - 1])
 def test_too_short_a_run_is_named_before_its_first_step(model: peft.PeftModel, steps: int) -> None:
     model.peft_config["default"].total_step = None

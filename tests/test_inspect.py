@@ -200,6 +200,28 @@ def test_several_adapters(tmp_path: Path, inspect: Inspect) -> None:
     assert "'default', 'other'" in err
 
 
+def test_adapters_of_other_methods_beside_it_are_left_out(saved: Path, inspect: Inspect) -> None:
+    lora(saved / "other")
+    assert [adapter.adapter for adapter in read(saved).adapters] == ["default"]
+    (saved / CONFIG).unlink()
+    shutil.copytree(saved / "other", saved / "third")
+    assert inspect(saved) == (
+        2,
+        "",
+        f"peft-gradguard: inspect: {saved / 'other'}: holds a LORA adapter, not an AdaLoRA one\n",
+    )
+
+
+def test_modules_to_save_at_the_top_and_deeper(saved: Path) -> None:
+    names = ["head", "head.dense", "ahead", "layers.0.q", "layers.0.score", "layers.0.scores", "classifier"]
+    shapes = (("A", (3, 4)), ("B", (5, 3)), ("E", (3, 1)))
+    tensors = {f"base_model.model.{n}.lora_{factor}": torch.zeros(shape) for n in names for factor, shape in shapes}
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    change(saved, rank_pattern={}, modules_to_save=["head", "score"])
+    inside = {name for name, module in by_name(saved).items() if module.reason == "inside modules_to_save"}
+    assert inside == {"head", "head.dense", "ahead", "layers.0.score"}
+
+
 def test_mismatch_is_told(saved: Path) -> None:
     pattern = json.loads((saved / CONFIG).read_text())["rank_pattern"]
     name = next(name for name, flags in pattern.items() if 0 < sum(flags) < INIT_R - 1)
