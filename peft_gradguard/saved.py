@@ -55,14 +55,11 @@ def read(path: str | os.PathLike[str], adapter: str | None = None) -> Report:
                 f"{path}: there is no adapter {adapter!r} in it, only {', '.join(map(repr, found))}"
             )
         return Report((_adapter(found[adapter], adapter),))
-    reports = {name: _adapter_or_problem(folder, name) for name, folder in found.items()}
-    adapters = [report for report in reports.values() if isinstance(report, AdapterReport)]
-    if adapters and len(reports) > 1:
-        # Of several, those that are not AdaLoRA adapters are not what was asked about.
-        return Report(tuple(adapters))
-    for report in reports.values():
-        if isinstance(report, SavedAdapterError):
-            raise report
+    reports = [_adapter_or_problem(folder, name) for name, folder in found.items()]
+    adapters = [report for report in reports if isinstance(report, AdapterReport)]
+    if not adapters:
+        raise next(report for report in reports if isinstance(report, SavedAdapterError))
+    # Of several, those that are not AdaLoRA adapters are not what was asked about.
     return Report(tuple(adapters))
 
 

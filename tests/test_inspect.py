@@ -212,6 +212,16 @@ def test_adapters_of_other_methods_beside_it_are_left_out(saved: Path, inspect: 
     )
 
 
+@pytest.mark.parametrize(("factor", "shape"), [("A", ()), ("B", ()), ("B", (3,)), ("E", ())])
+def test_weights_without_their_dimensions(saved: Path, factor: str, shape: tuple[int, ...]) -> None:
+    shapes = {"A": (3, 4), "B": (5, 3), "E": (3, 1), factor: shape}
+    tensors = {f"base_model.model.q.lora_{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    change(saved, rank_pattern={"q.lora_E": [True] * 3 + [False]})
+    assert (by_name(saved)["q"].rank_kept, by_name(saved)["q"].rank_started) == (3, 4)
+    assert read(saved).adapters[0].advice == ()
+
+
 def test_modules_to_save_at_the_top_and_deeper(saved: Path) -> None:
     names = ["head", "head.dense", "ahead", "layers.0.q", "layers.0.score", "layers.0.scores", "classifier"]
     shapes = (("A", (3, 4)), ("B", (5, 3)), ("E", (3, 1)))

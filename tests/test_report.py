@@ -240,6 +240,15 @@ def test_holder_that_holds_itself_is_refused() -> None:
         peft_gradguard.report(holder)
 
 
+def test_holders_may_be_five_deep(model: peft.PeftModel) -> None:
+    holder: object = model
+    for name in ("module", "_orig_mod", "model", "base_model", "model"):
+        holder = types.SimpleNamespace(**{name: holder})
+    assert only(holder) == only(model)
+    with pytest.raises(ValueError, match="given a SimpleNamespace, in which there is no AdaLoRA model"):
+        peft_gradguard.report(types.SimpleNamespace(model=holder))
+
+
 def reporting(model: peft.PeftModel, step: int) -> None:
     every_step(model, step)
     report = peft_gradguard.report(model)
