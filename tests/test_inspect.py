@@ -120,6 +120,14 @@ def test_ten_layers_are_in_order(saved: Path) -> None:
     assert [module.rank_started for module in by_name(saved).values()] == [4] * 11 + [3]
 
 
+def test_numbers_come_after_words(saved: Path) -> None:
+    names = ["block.0.q", "block.head.q", "block.1.q", "block.q"]
+    tensors = {f"base_model.model.{name}.lora_A": torch.zeros(3, 4) for name in names}
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    change(saved, rank_pattern={})
+    assert list(by_name(saved)) == ["block.head.q", "block.q", "block.0.q", "block.1.q"]
+
+
 def test_saved_before_the_first_pruning(tmp_path: Path, inspect: Inspect) -> None:
     build(branches()).save_pretrained(tmp_path)
     code, out, _ = inspect(tmp_path)

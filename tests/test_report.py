@@ -413,13 +413,14 @@ def test_advice_on_the_overlap_with_modules_to_save() -> None:
 
 
 @pytest.mark.peft
-def test_several_adapters_of_which_one_trains() -> None:
+@pytest.mark.parametrize("name", ["other", "another"])
+def test_several_adapters_of_which_one_trains(name: str) -> None:
     model = build(branches())
     advance(model, 1, 2)
-    add_inference_adapter("other")(model, 0)
+    add_inference_adapter(name)(model, 0)
     report = peft_gradguard.report(model)
     trained, other = report.adapters
-    assert (trained.adapter, other.adapter) == ("default", "other")
+    assert (trained.adapter, other.adapter) == ("default", name)
     assert {p.steps_scored for p in parameters(trained).values()} == {2}
     assert {p.steps_scored for p in parameters(other).values()} == {0}
     assert (other.init_budget, other.budget, other.target_budget, other.advice) == (None, None, None, ())
