@@ -374,6 +374,7 @@ def other_arithmetic(old: str, new: str) -> Any:
 CHANGED = {
     "the other beta": ("self.beta2 * self.exp_avg_unc[n]", "self.beta1 * self.exp_avg_unc[n]"),
     "another rounding": ("(p * p.grad).abs()", "(p * p.grad * 3 / 3).abs()"),
+    "another layout": ("(p * p.grad).abs()", "(p * p.grad).abs().t().contiguous().t()"),
     "in place": (
         "self.exp_avg_ipt[n] = self.beta1 * self.exp_avg_ipt[n] +",
         "self.exp_avg_ipt[n] = self.exp_avg_ipt[n].mul_(self.beta1) +",

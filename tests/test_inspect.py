@@ -220,6 +220,15 @@ def test_adapters_of_other_methods_beside_it_are_left_out(saved: Path, inspect: 
     )
 
 
+@pytest.mark.parametrize(("factor", "shape"), [("A", (2, 4)), ("B", (5, 2)), ("E", (2, 1))])
+def test_weights_of_different_ranks(saved: Path, factor: str, shape: tuple[int, ...]) -> None:
+    shapes = {"A": (3, 4), "B": (5, 3), "E": (3, 1), factor: shape}
+    tensors = {f"base_model.model.q.lora_{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    change(saved, rank_pattern={"q.lora_E": [True] * 3 + [False]})
+    assert "says that 3 of 4 ranks are kept, but the weights have 2; PEFT" in read(saved).adapters[0].advice[0]
+
+
 @pytest.mark.parametrize(("factor", "shape"), [("A", ()), ("B", ()), ("B", (3,)), ("E", ())])
 def test_weights_without_their_dimensions(saved: Path, factor: str, shape: tuple[int, ...]) -> None:
     shapes = {"A": (3, 4), "B": (5, 3), "E": (3, 1), factor: shape}

@@ -353,8 +353,9 @@ def test_advice(case: str) -> None:
 
 def test_advice_on_steps_that_cannot_fit(model: peft.PeftModel) -> None:
     config = model.peft_config["default"]
-    config.total_step = TINIT + TFINAL
-    assert f"leave none of the total_step={TINIT + TFINAL} steps" in only(model).advice[0]
+    for total in (TINIT + TFINAL, TINIT + TFINAL - 1):
+        config.total_step = total
+        assert f"leave none of the total_step={total} steps" in only(model).advice[0]
     config.total_step = TINIT + TFINAL + 1
     assert only(model).advice == ()
     config.total_step = None
@@ -392,6 +393,7 @@ def test_advice_on_exclusions(model: peft.PeftModel) -> None:
     with peft_gradguard.exclude("*.trunk.*", "*nothing*"):
         adapter = only(model)
         assert "Nothing is excluded by '*nothing*'" in adapter.advice[0]
+        assert "as base_model.model.trunk.0.lora_A.default." in adapter.advice[0]
         assert [m.name for m in adapter.modules if m.reason == "excluded"] == ["trunk.0", "trunk.2"]
         assert [p.name for p in parameters(adapter).values() if p.excluded] == [
             name for name in parameters(adapter) if name.startswith("trunk.")
@@ -437,6 +439,13 @@ def test_adapter_that_was_loaded_tells_its_ranks(tmp_path: Path) -> None:
     assert sum(module.rank_kept for module in loaded.modules) == 4 * TARGET_R
     assert {module.rank_started for module in loaded.modules} == {INIT_R}
     assert all(module.ranked for module in loaded.modules)
+
+
+@pytest.mark.peft
+def test_adapter_that_was_loaded_to_train_on_tells_what_was_ranked(tmp_path: Path) -> None:
+    train(branches(prepare=frozen("trunk.0")), str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(two_branches(), str(tmp_path), is_trainable=True)
+    assert {m.name for m in only(loaded).modules if m.ranked} == {"trunk.2", "branch.0", "branch.2"}
 
 
 @pytest.mark.peft
