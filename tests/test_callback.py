@@ -21,6 +21,7 @@ from scenarios import (
     TINIT,
     TOTAL,
     adalora_config,
+    add_inference_adapter,
     branches,
     build,
     frozen,
@@ -190,6 +191,15 @@ def test_ranks_and_skips_are_logged(model: peft.PeftModel) -> None:
     assert (budgets[0], budgets[-1]) == (3 * INIT_R, 3 * TARGET_R)
     assert (rows[1]["adalora/total_rank"], rows[TOTAL]["adalora/total_rank"]) == (4 * INIT_R, INIT_R + 3 * TARGET_R)
     assert not [row for row in run.state.log_history if "loss" not in row and KEYS & row.keys()]
+
+
+@pytest.mark.parametrize("name", ["other", "another"])
+def test_only_the_adapter_that_trains_is_logged(model: peft.PeftModel, name: str) -> None:
+    add_inference_adapter(name)(model, 0)
+    run = trainer(model, AdaLoraCallback())
+    run.train()
+    assert logged(run)[1]["adalora/total_rank"] == 4 * INIT_R
+    assert logged(run)[TOTAL]["adalora/budget"] == 4 * TARGET_R
 
 
 def test_tensorboard_shows_them(model: peft.PeftModel, folder: Path) -> None:

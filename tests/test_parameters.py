@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_gradguard.gradients import skip_reason
+from peft_gradguard.gradients import skip_reason, step_gradients
 from peft_gradguard.overlap import cannot_reload_overlap
 from peft_gradguard.parameters import adalora_parameters, modules_inside_modules_to_save
 
@@ -50,6 +50,14 @@ def test_gradient_that_deepspeed_holds_is_not_missing(mark: str | None, reason: 
     assert skip_reason(parameter) == reason
     parameter.requires_grad = False
     assert skip_reason(parameter) == "frozen"
+
+
+def test_zeros_beside_gradients_that_cannot_be_looked_at_prove_nothing() -> None:
+    zeros, held = adalora_parameters(Named("q.lora_A.default", "q.lora_E.default"), "default")
+    zeros.parameter.grad = torch.zeros(1)
+    assert step_gradients([zeros]) == ({"q.lora_A.default": "no gradient"}, True)
+    held.parameter.ds_id = 1
+    assert step_gradients([zeros, held]) == ({"q.lora_A.default": None, "q.lora_E.default": None}, False)
 
 
 @pytest.mark.parametrize(

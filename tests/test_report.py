@@ -333,6 +333,11 @@ ADVICE: dict[str, tuple[dict[str, Any], Callable[[peft.PeftModel, int], None] | 
         in_turn(frozen("trunk.0", "lora_A"), frozen("trunk.0", "lora_B")),
         "Only lora_E of trunk.0 trains",
     ),
+    "three frozen": (
+        {},
+        in_turn(frozen("trunk", "lora_E"), frozen("branch.0", "lora_E")),
+        "lora_E of trunk.0 and 2 more is frozen while",
+    ),
     "A frozen": ({}, frozen("lora_A"), "One of lora_A and lora_B of trunk.0 and 3 more is frozen"),
     "names": ({}, add_inference_adapter("default_eval"), "adapter 'default_eval' contains 'default'"),
     "ranks": ({"target_r": INIT_R}, None, f"target_r={INIT_R} is not below init_r={INIT_R}"),
