@@ -723,3 +723,21 @@ def test_options_of_the_interpreter(options: list[str], before: str) -> None:
     assert json.loads(found.stdout.splitlines()[-1]) == [3 * TARGET_R, 3]
     assert found.stdout.count("WARNING:peft_gradguard:") == 4
     assert "peft_gradguard" not in found.stderr
+
+
+@pytest.mark.parametrize(("rest", "more"), [(("a",), {}), ((), {"mode": "b"}), (("a",), {"mode": "b"})])
+def test_arguments_that_the_guard_does_not_know_reach_update_ipt(
+    model: peft.PeftModel, monkeypatch: pytest.MonkeyPatch, rest: tuple[str, ...], more: dict[str, str]
+) -> None:
+    from peft_gradguard import guard
+    from peft_gradguard.hooks import GuardWrapper, is_enabled
+
+    given = []
+
+    def update_ipt(self: RankAllocator, model: nn.Module, *rest: Any, **more: Any) -> None:
+        given.append((rest, more))
+
+    monkeypatch.setattr(RankAllocator, "update_ipt", GuardWrapper(update_ipt, guard.update_ipt, enabled=is_enabled))
+    backward(model, 1)
+    model.base_model.rankallocator.update_ipt(model.base_model.model, *rest, **more)
+    assert given == [(rest, more)]

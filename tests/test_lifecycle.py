@@ -347,6 +347,8 @@ def test_peft_that_does_not_fit_is_left_untouched(kind: str, imports: str, tmp_p
     assert wrapped == []
     assert complaint in stderr
     assert "AdaLoRA runs unguarded" in stderr
+    # With its cause where it is not one that the message knows.
+    assert ("Traceback" in stderr) == (complaint == "could not be applied")
 
 
 def test_broken_logging_does_not_stop_the_import_of_a_peft_that_does_not_fit(tmp_path: Path) -> None:
