@@ -167,7 +167,8 @@ def test_old_weights_file_runs_no_code(
     torch.save({"base_model.model.q.lora_A": Evil()}, saved / "adapter_model.bin")
     code, _, err = inspect(saved)
     assert code == 2
-    assert "adapter_model.bin: is damaged or cannot be read" in err
+    assert "adapter_model.bin: is damaged or cannot be read (Weights only load failed" in err
+    assert err.count("\n") == 1
     assert not Path("touched").exists()
 
 
@@ -229,6 +230,13 @@ def test_weights_of_different_ranks(saved: Path, factor: str, shape: tuple[int, 
     assert "says that 3 of 4 ranks are kept, but the weights have 2; PEFT" in read(saved).adapters[0].advice[0]
 
 
+def test_weights_without_any_dimension(saved: Path) -> None:
+    tensors = {f"base_model.model.q.lora_{factor}": torch.zeros(()) for factor in "ABE"}
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    change(saved, rank_pattern={})
+    assert (by_name(saved)["q"].rank_kept, by_name(saved)["q"].rank_started) == (0, 0)
+
+
 @pytest.mark.parametrize(("factor", "shape"), [("A", ()), ("B", ()), ("B", (3,)), ("E", ())])
 def test_weights_without_their_dimensions(saved: Path, factor: str, shape: tuple[int, ...]) -> None:
     shapes = {"A": (3, 4), "B": (5, 3), "E": (3, 1), factor: shape}
@@ -288,6 +296,7 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "is not a PEFT configuration, it names no peft_type"),
     "no peft_type": (lambda f: change(f, peft_type=None), "is not a PEFT configuration, it names no peft_type"),
     "LoRA": (lora, "holds a LORA adapter, not an AdaLoRA one"),
+    "of another kind": (lambda f: change(f, peft_type="A"), "holds a A adapter, not an AdaLoRA one"),
     "LoRA's rank_pattern": (lambda f: change(f, rank_pattern={"query": 8}), "its rank_pattern is not AdaLoRA's"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "its weights are missing"),
     "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), f"{WEIGHTS}: is damaged or cannot be read"),

@@ -340,6 +340,7 @@ ADVICE: dict[str, tuple[dict[str, Any], Callable[[peft.PeftModel, int], None] | 
     ),
     "A frozen": ({}, frozen("lora_A"), "One of lora_A and lora_B of trunk.0 and 3 more is frozen"),
     "names": ({}, add_inference_adapter("default_eval"), "adapter 'default_eval' contains 'default'"),
+    "names in front": ({}, add_inference_adapter("a_default"), "adapter 'a_default' contains 'default'"),
     "ranks": ({"target_r": INIT_R}, None, f"target_r={INIT_R} is not below init_r={INIT_R}"),
 }
 
@@ -451,6 +452,7 @@ def test_adapter_that_was_loaded_to_train_on_tells_what_was_ranked(tmp_path: Pat
     train(branches(prepare=frozen("trunk.0")), str(tmp_path))
     loaded = peft.PeftModel.from_pretrained(two_branches(), str(tmp_path), is_trainable=True)
     assert {m.name for m in only(loaded).modules if m.ranked} == {"trunk.2", "branch.0", "branch.2"}
+    assert {m.reason for m in only(loaded).modules} == {None}
 
 
 @pytest.mark.peft
