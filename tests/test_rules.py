@@ -213,6 +213,21 @@ def test_other_ranks_of_a_distributed_run_log_at_debug(
     assert [record.levelname for record in records] == ["DEBUG"]
 
 
+def test_rank_of_a_process_group_without_a_launcher(
+    model: peft.PeftModel, records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    monkeypatch.delenv("RANK", raising=False)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        frozen("trunk.0", "lora_A")(model, 0)
+        advance(model, 1)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [record.levelname for record in records] == ["DEBUG"]
+
+
 def test_update_ipt_called_directly_says_that_it_knows_no_step(
     model: peft.PeftModel, records: list[logging.LogRecord]
 ) -> None:
