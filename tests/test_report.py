@@ -148,6 +148,11 @@ def test_second_call_in_the_same_step_counts_once(model: peft.PeftModel) -> None
     assert {p.steps_scored for p in parameters(only(model)).values()} == {2}
 
 
+def test_steps_that_begin_anew_count(model: peft.PeftModel) -> None:
+    advance(model, 4, 5, 1, 2)
+    assert {p.steps_scored for p in parameters(only(model)).values()} == {4}
+
+
 def test_calls_that_raise_are_not_counted(model: peft.PeftModel) -> None:
     frozen()(model, 0)
     with pytest.raises(peft_gradguard.NoGradientError):
@@ -341,6 +346,7 @@ ADVICE: dict[str, tuple[dict[str, Any], Callable[[peft.PeftModel, int], None] | 
     "A frozen": ({}, frozen("lora_A"), "One of lora_A and lora_B of trunk.0 and 3 more is frozen"),
     "names": ({}, add_inference_adapter("default_eval"), "adapter 'default_eval' contains 'default'"),
     "names in front": ({}, add_inference_adapter("a_default"), "adapter 'a_default' contains 'default'"),
+    "more ranks": ({"target_r": INIT_R + 1}, None, f"target_r={INIT_R + 1} is not below init_r={INIT_R}"),
     "ranks": ({"target_r": INIT_R}, None, f"target_r={INIT_R} is not below init_r={INIT_R}"),
 }
 
