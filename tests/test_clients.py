@@ -261,6 +261,15 @@ def test_never_called(
     assert "update_and_allocate was never called" in said()[0]
 
 
+def test_never_called_where_no_rank_could_be_pruned(model: peft.PeftModel, said: Callable[[], list[str]]) -> None:
+    """With E frozen AdaLoRA trains as plain LoRA does, and needs no calls."""
+    frozen("lora_E")(model, 0)
+    fit(model, 1)
+    del model.base_model.rankallocator
+    gc.collect()
+    assert said() == []
+
+
 @pytest.mark.parametrize(("steps", "warned"), [(0, False), (TOTAL, True)])
 def test_never_called_is_said_at_exit(steps: int, warned: bool) -> None:
     program = f"""
