@@ -169,6 +169,13 @@ def test_too_short_a_run_is_named_before_its_first_step(model: peft.PeftModel, s
     assert run.state.global_step == 0
 
 
+def test_room_is_counted_from_both_ends(model: peft.PeftModel) -> None:
+    config = model.peft_config["default"]
+    config.total_step, config.tinit = None, TFINAL
+    with pytest.raises(ValueError, match=f"tinit={TFINAL} and tfinal={TFINAL} take up all of total_step={2 * TFINAL}"):
+        trainer(model, AdaLoraCallback(), steps=2 * TFINAL).train()
+
+
 def inference(model: peft.PeftModel) -> peft.PeftModel:
     import peft
 

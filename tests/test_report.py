@@ -153,6 +153,13 @@ def test_steps_that_begin_anew_count(model: peft.PeftModel) -> None:
     assert {p.steps_scored for p in parameters(only(model)).values()} == {4}
 
 
+@pytest.mark.parametrize("part", ["branch.0", "branch.2", "trunk.0", "trunk.2"])
+def test_budget_of_what_will_be_ranked(model: peft.PeftModel, part: str) -> None:
+    frozen(part)(model, 0)
+    adapter = only(model)
+    assert (adapter.init_budget, adapter.target_budget, adapter.unranked_ranks) == (3 * INIT_R, 3 * TARGET_R, INIT_R)
+
+
 def test_calls_that_raise_are_not_counted(model: peft.PeftModel) -> None:
     frozen()(model, 0)
     with pytest.raises(peft_gradguard.NoGradientError):
@@ -370,6 +377,8 @@ def test_advice_on_steps_that_cannot_fit(model: peft.PeftModel) -> None:
         assert f"leave none of the total_step={total} steps" in only(model).advice[0]
     config.total_step = TINIT + TFINAL + 1
     assert only(model).advice == ()
+    config.tinit, config.total_step = TFINAL, 2 * TFINAL
+    assert f"leave none of the total_step={2 * TFINAL} steps" in only(model).advice[0]
     config.total_step = None
     assert "total_step is not set" in only(model).advice[0]
 
