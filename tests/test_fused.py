@@ -508,10 +508,10 @@ def test_runs_of_parameters_stay_below_their_size(monkeypatch: pytest.MonkeyPatc
     from peft_gradguard.parameters import AdaLoraParameter
 
     monkeypatch.setattr(together, "CHUNK", 6)
-    sizes = (7, 3, 3, 1, 4, 5, 12, 1)
+    sizes = (3, 3, 1, 7, 1, 4, 5, 12, 1)
     listed = [AdaLoraParameter("", nn.Parameter(torch.empty(size)), "", "E") for size in sizes]
     runs = [[p.parameter.numel() for p in run] for run in together._chunks(listed)]
-    assert runs == [[7], [3, 3], [1, 4], [5], [12], [1]]
+    assert runs == [[3, 3], [1], [7], [1, 4], [5], [12], [1]]
 
 
 class Tagged(torch.Tensor):
