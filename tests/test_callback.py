@@ -138,10 +138,10 @@ def test_total_step_is_set_anew_for_a_second_run(model: peft.PeftModel, said: Ca
 @pytest.mark.parametrize(
     ("steps", "end"),
     [
-        (TOTAL + 5, f"are settled at step {FINALISING}"),
-        (FINALISING, f"are settled at step {FINALISING}"),
-        (FINALISING - 1, f"ends before .* settled at step {FINALISING}"),
-        (TOTAL - 8, f"ends before .* settled at step {FINALISING}"),
+        (TOTAL + 5, f"steps: the final ranks are settled at step {FINALISING}"),
+        (FINALISING, f"steps: the final ranks are settled at step {FINALISING}"),
+        (FINALISING - 1, f"steps: the run ends before .* settled at step {FINALISING}"),
+        (TOTAL - 8, f"steps: the run ends before .* settled at step {FINALISING}"),
     ],
 )
 def test_total_step_of_the_user_stays(
