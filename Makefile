@@ -74,4 +74,4 @@ mutants: .venv/stacks coverage  ## every small change of the package: does a tes
 	$(BIN)/python tests/mutants.py
 
 clean:
-	rm -rf .venv .matrix .mutants dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .matrix .mutants .coverage* .durations.xml dist build .mypy_cache .ruff_cache .pytest_cache
