@@ -530,12 +530,12 @@ def widen_average(allocator: RankAllocator, name: str, parameter: torch.nn.Param
     allocator.exp_avg_ipt[name] = allocator.exp_avg_ipt[name].double()
 
 
-def forget_average(allocator: RankAllocator, name: str, parameter: torch.nn.Parameter) -> None:
+def forget_score(allocator: RankAllocator, name: str, parameter: torch.nn.Parameter) -> None:
     del allocator.ipt[name]
 
 
 @today
-@pytest.mark.parametrize("change", [tag, shrink_average, widen_average, forget_average])
+@pytest.mark.parametrize("change", [tag, shrink_average, widen_average, forget_score])
 def test_tensors_of_other_kinds_are_left_to_peft(change: Callable[..., None]) -> None:
     model, allocator = ready()
     parameter = model.base_model.model.layers[0].lora_A["default"]

@@ -170,16 +170,17 @@ class RankAllocator:
 """
 
 
-def write_slow_peft(folder: Path) -> None:
+def write_peft(folder: Path, adalora: str) -> None:
+    """Write a package ``peft`` of which only ``peft.tuners.adalora`` holds something."""
     package = folder / "peft" / "tuners"
     package.mkdir(parents=True)
     (folder / "peft" / "__init__.py").write_text("")
     (package / "__init__.py").write_text("")
-    (package / "adalora.py").write_text(HALF_IMPORTED)
+    (package / "adalora.py").write_text(adalora)
 
 
 def test_peft_that_another_thread_is_still_importing_is_waited_for(tmp_path: Path) -> None:
-    write_slow_peft(tmp_path)
+    write_peft(tmp_path, HALF_IMPORTED)
     counts, stderr = python(
         """
         import torch
@@ -198,7 +199,7 @@ def test_peft_that_another_thread_is_still_importing_is_waited_for(tmp_path: Pat
 
 def test_peft_that_another_thread_begins_to_import_meanwhile_is_waited_for(tmp_path: Path) -> None:
     """The other thread comes between the look for PEFT and the registration of the hook, which then runs at once."""
-    write_slow_peft(tmp_path)
+    write_peft(tmp_path, HALF_IMPORTED)
     counts, stderr = python(
         """
         import torch, wrapt
@@ -332,11 +333,7 @@ ODD_PEFTS = {
 @pytest.mark.parametrize("kind", ODD_PEFTS)
 def test_peft_that_does_not_fit_is_left_untouched(kind: str, imports: str, tmp_path: Path) -> None:
     source, complaint = ODD_PEFTS[kind]
-    package = tmp_path / "peft" / "tuners"
-    package.mkdir(parents=True)
-    (tmp_path / "peft" / "__init__.py").write_text("")
-    (package / "__init__.py").write_text("")
-    (package / "adalora.py").write_text(source)
+    write_peft(tmp_path, source)
     body = f"""
         import {imports}
         peft_gradguard.enable()
@@ -352,11 +349,7 @@ def test_peft_that_does_not_fit_is_left_untouched(kind: str, imports: str, tmp_p
 
 
 def test_broken_logging_does_not_stop_the_import_of_a_peft_that_does_not_fit(tmp_path: Path) -> None:
-    package = tmp_path / "peft" / "tuners"
-    package.mkdir(parents=True)
-    (tmp_path / "peft" / "__init__.py").write_text("")
-    (package / "__init__.py").write_text("")
-    (package / "adalora.py").write_text("class RankAllocator:\n    pass\n")
+    write_peft(tmp_path, "class RankAllocator:\n    pass\n")
     body = """
         class Raises(logging.Handler):
             def emit(self, record):
