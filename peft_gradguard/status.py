@@ -96,12 +96,13 @@ def judge(found: dict[str, Any], meaning: str | None) -> tuple[State, str]:
     methods = found.get("methods", {})
     if found.get("enabled") and methods and all(method["guarded"] for method in methods.values()):
         return "on", f"loaded by {', '.join(found['ways_in'])}; RankAllocator's methods are wrapped"
-    wanted = meaning == "on" or bool(found.get("ways_in"))
-    if not wanted:
-        return "off", {
-            "off": f"{SWITCH} switches it off",
-            "not understood": f"the value of {SWITCH} is not understood: set it to one of {', '.join(ON)}",
-        }.get(meaning or "", f"{SWITCH} is not set: set it to 1, or import peft_gradguard in the program")
+    if meaning == "off":
+        # Start-up code that imports the package has acted too, and wraps nothing then.
+        return "off", f"{SWITCH} switches it off"
+    if meaning != "on" and not found.get("ways_in"):
+        if meaning == "not understood":
+            return "off", f"the value of {SWITCH} is not understood: set it to one of {', '.join(ON)}"
+        return "off", f"{SWITCH} is not set: set it to 1, or import peft_gradguard in the program"
     return "on but not applied", _why_not_applied(found)
 
 
@@ -121,10 +122,9 @@ def _why_not_applied(found: dict[str, Any]) -> str:
 def in_words(status: Status) -> str:
     """Return the status as a few lines of text."""
     lines = [f"peft_gradguard is {status.state}: {status.why}.", ""]
-    value = "not set" if status.switch["value"] is None else repr(status.switch["value"])
-    lines.append(
-        f"switch         {SWITCH} {value} ({status.switch['meaning']}; read from {status.switch['read_from']})"
-    )
+    value, meaning, read_from = (status.switch[key] for key in ("value", "meaning", "read_from"))
+    said = "is not set" if value is None else f"{value!r} ({meaning}; read from {read_from})"
+    lines.append(f"switch         {SWITCH} {said}")
     lines.append(f"way in         {', '.join(status.ways_in) or 'none has acted'}")
     needs = {True: "yes: it fails on a parameter without gradient", False: "no", None: "could not be found out"}
     lines.append(f"needed by PEFT {needs[status.needs_guard]}")

@@ -1,0 +1,112 @@
+"""The command ``peft-gradguard`` in this process: its arguments, and the environment that ``run`` hands on.
+
+What it starts: test_autoload_real.py; ``status``: test_status.py; ``inspect``: test_inspect.py.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from peft_gradguard import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+def paths(*entries: str) -> str:
+    return os.pathsep.join(entries)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, cli.AUTOLOAD),
+        ("", cli.AUTOLOAD),
+        ("one", paths(cli.AUTOLOAD, "one")),
+        # An empty entry is the working directory.
+        (paths("one", "", "two"), paths(cli.AUTOLOAD, "one", "", "two")),
+        (paths("one", cli.AUTOLOAD), paths("one", cli.AUTOLOAD)),
+    ],
+)
+def test_environment_of_run(before: str | None, after: str) -> None:
+    environ = {"HOME": "here", "PEFT_GRADGUARD": "0", **({} if before is None else {"PYTHONPATH": before})}
+    unchanged = dict(environ)
+    assert cli.guarded_environment(environ) == {"HOME": "here", "PEFT_GRADGUARD": "1", "PYTHONPATH": after}
+    assert environ == unchanged
+
+
+def test_autoload_is_a_folder_of_the_package() -> None:
+    assert os.path.isabs(cli.AUTOLOAD)
+    assert os.path.exists(os.path.join(cli.AUTOLOAD, "sitecustomize.py"))
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "peft_gradguard", "run", *command], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("before", [[], ["--"]])
+def test_arguments_of_the_command_are_its_own(before: list[str]) -> None:
+    code = "import sys; print(sys.argv[1:])"
+    ran = run(*before, sys.executable, "-c", code, "--json", "--", "-h", "run")
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("['--json', '--', '-h', 'run']\n", "", 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_signals_are_as_the_shell_has_them() -> None:
+    for name in ("PIPE", "XFSZ"):
+        ran = run("sh", "-c", f"kill -s {name} $$; echo ignored")
+        assert (ran.returncode, ran.stdout) == (-signal.Signals[f"SIG{name}"], "")
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "--"]])
+def test_command_is_missing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2
+    assert capsys.readouterr().err.endswith("peft-gradguard: error: run: the command to run is missing\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["walk"], ["inspect"], ["status", "--yaml"]])
+def test_arguments_that_are_not_known(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: peft-gradguard ")
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Ignore again, in this process, what a command must not find ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGPIPE, signal.SIGXFSZ)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the words of POSIX")
+@pytest.mark.usefixtures("signals")
+def test_command_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = str(tmp_path / "missing")
+    assert cli.main(["run", missing]) == 127
+    assert capsys.readouterr() == ("", f"peft-gradguard: {missing}: command not found\n")
+    assert cli.main(["run", str(tmp_path)]) == 126
+    assert capsys.readouterr() == ("", f"peft-gradguard: {tmp_path}: Permission denied\n")
+
+
+def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["peft_gradguard", "inspect", "no-such-folder"])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_module("peft_gradguard", run_name="__main__")
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith("peft-gradguard: inspect: ")
+    runpy.run_module("peft_gradguard", run_name="imported")

@@ -1,0 +1,345 @@
+"""``peft-gradguard status`` in this process: what is concluded from what was found, and how it is found.
+
+What it says of whole environments: test_autoload_real.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from importlib import metadata
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from peft.tuners.adalora import RankAllocator
+
+from peft_gradguard import cli, hooks, probe, status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+METHODS = ("update_ipt", "update_and_allocate", "mask_to_budget")
+IMPORTED = "import peft_gradguard in somebody's start-up code"
+
+
+def found(**others: Any) -> dict[str, Any]:
+    """What the probe finds where the guard is on."""
+    methods = {name: {"guarded": True, "others": []} for name in METHODS}
+    return {"enabled": True, "ways_in": [".pth"], "methods": methods, "needs_guard": True, "said": [], **others}
+
+
+def unguarded(*names: str) -> dict[str, Any]:
+    methods = {name: {"guarded": name not in names, "others": []} for name in METHODS}
+    return {"methods": methods, "enabled": False}
+
+
+# From what was found to a sentence
+
+
+@pytest.mark.parametrize(
+    ("ways_in", "why"),
+    [
+        ([".pth"], "loaded by .pth; RankAllocator's methods are wrapped"),
+        ([".start", "sitecustomize"], "loaded by .start, sitecustomize; RankAllocator's methods are wrapped"),
+    ],
+)
+@pytest.mark.parametrize("meaning", ["on", "unset", "off", "not understood"])
+def test_what_is_on_is_on(ways_in: list[str], why: str, meaning: str) -> None:
+    assert status.judge(found(ways_in=ways_in), meaning) == ("on", why)
+
+
+@pytest.mark.parametrize(
+    ("meaning", "why"),
+    [
+        ("unset", "PEFT_GRADGUARD is not set: set it to 1, or import peft_gradguard in the program"),
+        ("off", "PEFT_GRADGUARD switches it off"),
+        ("not understood", "the value of PEFT_GRADGUARD is not understood: set it to one of 1, true, yes, on"),
+    ],
+)
+@pytest.mark.parametrize("others", [unguarded(*METHODS), {"error": "no PEFT", "methods": {}, "enabled": None}])
+def test_off(meaning: str, why: str, others: dict[str, Any]) -> None:
+    assert status.judge(found(ways_in=[], **others), meaning) == ("off", why)
+
+
+def test_switched_off_in_spite_of_an_import_in_start_up_code() -> None:
+    said = status.judge(found(ways_in=[IMPORTED], **unguarded(*METHODS)), "off")
+    assert said == ("off", "PEFT_GRADGUARD switches it off")
+
+
+@pytest.mark.parametrize(
+    ("others", "why"),
+    [
+        (unguarded(*METHODS), "these methods of RankAllocator are not wrapped: " + ", ".join(METHODS)),
+        # Somebody has put a method of their own in the place of one of the guarded ones.
+        (
+            {**unguarded("mask_to_budget"), "enabled": True},
+            "these methods of RankAllocator are not wrapped: mask_to_budget",
+        ),
+        ({**unguarded(*METHODS), "said": ["", "peft_gradguard: why", "more"]}, "peft_gradguard: why"),
+        ({"error": "no PEFT", "methods": {}, "enabled": True, "said": ["said"]}, "no PEFT"),
+        (
+            {**unguarded(*METHODS), "ways_in": []},
+            "no start-up file has acted: the .pth file of peft_gradguard is not among those that this Python reads "
+            "(install the package into its site-packages, or use peft-gradguard run)",
+        ),
+    ],
+)  # fmt: skip
+def test_on_but_not_applied(others: dict[str, Any], why: str) -> None:
+    assert status.judge(found(**others), "on") == ("on but not applied", why)
+
+
+@pytest.mark.parametrize("meaning", ["unset", "not understood"])
+def test_start_up_code_that_imports_the_package_asks_for_it(meaning: str) -> None:
+    state, why = status.judge(found(ways_in=[IMPORTED], **unguarded(*METHODS)), meaning)
+    assert (state, why.partition(":")[0]) == ("on but not applied", "these methods of RankAllocator are not wrapped")
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [
+        (None, "unset"), ("", "unset"), (" ", "unset"), ("1", "on"), (" On ", "on"), ("off", "off"), ("FALSE", "off"),
+        ("perhaps", "not understood"),
+    ],
+)  # fmt: skip
+def test_switch(value: str | None, meaning: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is None:
+        monkeypatch.delenv("PEFT_GRADGUARD", raising=False)
+        read_from = "nowhere: it is not set"
+    else:
+        monkeypatch.setenv("PEFT_GRADGUARD", value)
+        read_from = "the environment variable PEFT_GRADGUARD"
+    assert status.read_switch_as_text() == {"value": value, "read_from": read_from, "meaning": meaning}
+
+
+ON = """\
+peft_gradguard is on: loaded by .pth, sitecustomize.
+
+switch         PEFT_GRADGUARD ' Yes' (on; read from the environment variable PEFT_GRADGUARD)
+way in         .pth, sitecustomize
+needed by PEFT yes: it fails on a parameter without gradient
+RankAllocator.update_ipt: guarded, also wrapped by sitecustomize, their.tool
+RankAllocator.mask_to_budget: not guarded, also wrapped by their.tool
+RankAllocator.update_and_allocate: guarded
+python         3.13.1
+peft_gradguard 0.1.0
+torch          not installed"""
+
+OFF = """\
+peft_gradguard is off: it is not set.
+
+switch         PEFT_GRADGUARD is not set
+way in         none has acted
+needed by PEFT could not be found out
+RankAllocator.update_ipt: not guarded"""
+
+
+def test_in_words() -> None:
+    on = status.Status(
+        state="on",
+        why="loaded by .pth, sitecustomize",
+        switch={"value": " Yes", "read_from": "the environment variable PEFT_GRADGUARD", "meaning": "on"},
+        ways_in=[".pth", "sitecustomize"],
+        methods={
+            "update_ipt": {"guarded": True, "others": ["sitecustomize", "their.tool"]},
+            "mask_to_budget": {"guarded": False, "others": ["their.tool"]},
+            "update_and_allocate": {"guarded": True, "others": []},
+        },
+        needs_guard=True,
+        versions={"python": "3.13.1", "peft_gradguard": "0.1.0", "torch": None},
+    )
+    assert status.in_words(on) == ON
+    switch = {"value": None, "read_from": "nowhere: it is not set", "meaning": "unset"}
+    methods = {"update_ipt": {"guarded": False, "others": []}}
+    off = status.Status("off", "it is not set", switch, [], methods, None, {})
+    assert status.in_words(off) == OFF
+    mended = status.Status("off", "it is not set", switch, [], methods, False, {})
+    assert status.in_words(mended) == OFF.replace("could not be found out", "no")
+
+
+# Asking an interpreter
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Let the fresh interpreter run this code instead of probe.py."""
+
+    def replace(code: str) -> None:
+        (tmp_path / "probe.py").write_text(f"import json, os, sys\n{code}\n")
+        monkeypatch.setattr(status, "PROBE", str(tmp_path / "probe.py"))
+
+    return replace
+
+
+def answer(**values: Any) -> str:
+    return f"print('\\n' + sys.argv[-1] + json.dumps({values!r}))"
+
+
+@pytest.mark.parametrize(
+    ("switch", "seen", "exit_status", "state"),
+    [
+        ("1", found(), 0, "on"),
+        ("0", found(ways_in=[], **unguarded(*METHODS)), 1, "off"),
+        ("1", found(**unguarded("mask_to_budget")), 2, "on but not applied"),
+    ],
+)
+def test_exit_status_and_forms(
+    switch: str,
+    seen: dict[str, Any],
+    exit_status: int,
+    state: str,
+    ask: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PEFT_GRADGUARD", switch)
+    ask(answer(**seen, versions={"python": "3", "torch": None}))
+    assert cli.main(["status", "--json"]) == exit_status
+    said = json.loads(capsys.readouterr().out)
+    assert said["state"] == state
+    assert said["why"]
+    assert said["switch"]["value"] == switch
+    same = ("ways_in", "methods", "needs_guard")
+    assert {key: said[key] for key in same} == {key: seen[key] for key in same}
+    assert said["versions"] == {"python": "3", "torch": None}
+    assert cli.main(["status"]) == exit_status
+    assert capsys.readouterr().out.startswith(f"peft_gradguard is {state}: ")
+
+
+def test_answer_among_other_lines(ask: Callable[[str], None]) -> None:
+    noise = "for stream in (sys.stdout, sys.stderr): print('noise\\npeft_gradguard: said', file=stream)\n"
+    noise += "os.write(1, b'\\xff\\n'); sys.stdout.flush(); print('end', end='')\n"
+    ask(f"{noise}{answer(enabled=True)}\nprint(sys.argv[-1] + 'too late')")
+    assert status.probe() == {"enabled": True, "said": ["peft_gradguard: said"]}
+
+
+@pytest.mark.parametrize(
+    ("code", "last"),
+    [
+        ("sys.exit(3)", "it ended with status 3"),
+        ("print('first', file=sys.stderr); raise RuntimeError('last')", "RuntimeError: last"),
+        ("print('no answer')", "it ended with status 0"),
+    ],
+)
+def test_interpreter_that_cannot_be_asked(code: str, last: str, ask: Callable[[str], None]) -> None:
+    ask(code)
+    assert status.probe() == {"error": f"a fresh interpreter could not be asked: {last}"}
+    said = status.find_status()
+    assert (said.ways_in, said.methods, said.needs_guard) == ([], {}, None)
+    assert said.versions == {"python": sys.version.split()[0]}
+
+
+# What the interpreter looks at
+
+
+def test_look_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = probe.look()
+    assert list(seen) == ["versions", "ways_in", "enabled", "methods", "needs_guard"]
+    assert (seen["enabled"], seen["needs_guard"], seen["ways_in"]) == (True, True, [IMPORTED])
+    assert seen["methods"] == {name: {"guarded": True, "others": []} for name in hooks.METHODS}
+    with hooks.disabled():
+        assert probe.look()["enabled"] is False
+    monkeypatch.delitem(sys.modules, "peft_gradguard.hooks")
+    without = probe.look()
+    assert (without["enabled"], list(without["methods"])) == (False, list(METHODS))
+
+
+def test_peft_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft.tuners.adalora", None)
+    seen = probe.look()
+    assert list(seen) == ["versions", "error", "ways_in"]
+    assert seen["error"].startswith("peft.tuners.adalora cannot be imported (ModuleNotFoundError: ")
+    assert seen["ways_in"] == [IMPORTED]
+
+
+class Odd(ModuleType):
+    @property
+    def RankAllocator(self) -> None:  # noqa: N802
+        raise RuntimeError("in\ntwo lines")
+
+
+def test_error_of_two_lines_is_told_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft.tuners.adalora", Odd("peft.tuners.adalora"))
+    assert probe.look()["error"] == "peft.tuners.adalora cannot be imported (RuntimeError: in"
+
+
+def test_ways_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probe.ways_in() == [IMPORTED]
+    for groups, way in {
+        "peft_gradguard": "autowrapt", "ddtrace, peft_gradguard ": "autowrapt", "ddtrace": IMPORTED, "": IMPORTED,
+    }.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, "autowrapt", ModuleType("autowrapt"))
+        monkeypatch.setenv("AUTOWRAPT_BOOTSTRAP", groups)
+        assert probe.ways_in() == [way]
+        monkeypatch.delitem(sys.modules, "autowrapt")
+        assert probe.ways_in() == [IMPORTED]
+    start = ModuleType("_peft_gradguard_start")
+    monkeypatch.setitem(sys.modules, "_peft_gradguard_start", start)
+    assert probe.ways_in() == [IMPORTED]
+    start.ways = [".pth", "sitecustomize"]  # type: ignore[attr-defined]
+    assert probe.ways_in() == [".pth", "sitecustomize"]
+    monkeypatch.delitem(sys.modules, "peft_gradguard")
+    assert probe.ways_in() == [".pth", "sitecustomize"]
+    start.ways = []  # type: ignore[attr-defined]
+    assert probe.ways_in() == []
+
+
+def around(method: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.wraps(method)(lambda *arguments: method(*arguments))
+
+
+def test_wrappers_of_a_guarded_method() -> None:
+    guarded = vars(RankAllocator)["update_ipt"]
+    assert probe.wrappers(guarded) == {"guarded": True, "others": []}
+    # What somebody else wraps is the method as it is got from the class.
+    for method in (guarded, RankAllocator.update_ipt):
+        assert probe.wrappers(around(method)) == {"guarded": True, "others": [__name__]}
+        assert probe.wrappers(around(around(method))) == {"guarded": True, "others": [__name__] * 2}
+    plain = probe.innermost(guarded)
+    assert plain.__module__.startswith("peft.")
+    assert probe.innermost(around(guarded)) is plain
+    assert probe.wrappers(plain) == {"guarded": False, "others": []}
+    assert probe.wrappers(around(plain)) == {"guarded": False, "others": [__name__]}
+    assert probe.wrappers(None) == {"guarded": False, "others": []}
+
+
+def test_origin() -> None:
+    import wrapt
+
+    def other(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        raise AssertionError
+
+    assert probe.origin(around(probe.innermost(RankAllocator.update_ipt))) == __name__
+    assert probe.origin(wrapt.FunctionWrapper(json.dumps, other)) == __name__
+    assert probe.origin(json.dumps) == "json"
+    namespace: dict[str, Any] = {}
+    exec(compile("def typed(): pass", "<typed in>", "exec"), namespace)
+    assert probe.origin(namespace["typed"]) == "<typed in>"
+    assert probe.origin(len) == "<class 'builtin_function_or_method'>"
+
+
+def raises(error: type[Exception]) -> Callable[..., None]:
+    def update_ipt(allocator: Any, model: Any) -> None:
+        assert isinstance(allocator, RankAllocator)
+        assert [name for name, _ in model.named_parameters() if "lora_" in name]
+        raise error
+
+    return update_ipt
+
+
+def test_fails_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probe.fails_without_gradient(probe.innermost(RankAllocator.update_ipt)) is True
+    assert probe.fails_without_gradient(raises(TypeError)) is True
+    assert probe.fails_without_gradient(raises(KeyError)) is None
+    assert probe.fails_without_gradient(lambda allocator, model: None) is False
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert probe.fails_without_gradient(lambda allocator, model: None) is None
+
+
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    python = {"python": ".".join(map(str, sys.version_info[:3]))}
+    assert probe.versions() == {**python, **{name: metadata.version(name) for name in probe.PACKAGES}}
+    monkeypatch.setattr(probe, "PACKAGES", ("no-such-package", "torch"))
+    assert probe.versions() == {**python, "no-such-package": None, "torch": metadata.version("torch")}
