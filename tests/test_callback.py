@@ -154,6 +154,12 @@ def test_total_step_of_the_user_stays(
     assert re.search(end, message)
 
 
+def test_settling_step_of_another_total_step(model: peft.PeftModel, said: Callable[[], list[str]]) -> None:
+    model.peft_config["default"].total_step = TOTAL - 1
+    trainer(model, AdaLoraCallback()).train()
+    assert [f"settled at step {TOTAL - 1 - TFINAL} (" in message for message in said()] == [True]
+
+
 def test_total_step_of_one_is_one(model: peft.PeftModel) -> None:
     model.peft_config["default"].total_step = 1
     with pytest.raises(ValueError, match="take up all of total_step=1"):
@@ -167,6 +173,12 @@ def test_too_short_a_run_is_named_before_its_first_step(model: peft.PeftModel, s
     with pytest.raises(ValueError, match=f"tinit={TINIT} and tfinal={TFINAL} take up all of total_step={steps}"):
         run.train()
     assert run.state.global_step == 0
+
+
+def test_one_step_of_room_is_enough(model: peft.PeftModel) -> None:
+    model.peft_config["default"].total_step = None
+    trainer(model, AdaLoraCallback(), steps=TINIT + TFINAL + 1).train()
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 4 * TARGET_R
 
 
 def test_room_is_counted_from_both_ends(model: peft.PeftModel) -> None:

@@ -74,6 +74,7 @@ def test_ranks_are_those_of_the_training(tmp_path: Path) -> None:
     assert {module.name for module in others} == {name for name in modules if "layer.0." in name}
     assert {(m.rank_started, m.rank_kept) for m in others} == {(INIT_R, INIT_R)}
     for module in modules.values():
+        assert all(parameter.trainable for parameter in module.parameters)
         assert {p.factor: p.shape for p in module.parameters} == {
             "A": (module.rank_kept, 16), "B": (16, module.rank_kept), "E": (module.rank_kept, 1)
         }  # fmt: skip
@@ -237,9 +238,12 @@ def test_weights_without_any_dimension(saved: Path) -> None:
     assert (by_name(saved)["q"].rank_kept, by_name(saved)["q"].rank_started) == (0, 0)
 
 
-@pytest.mark.parametrize(("factor", "shape"), [("A", ()), ("B", ()), ("B", (3,)), ("E", ())])
-def test_weights_without_their_dimensions(saved: Path, factor: str, shape: tuple[int, ...]) -> None:
-    shapes = {"A": (3, 4), "B": (5, 3), "E": (3, 1), factor: shape}
+@pytest.mark.parametrize(
+    "others",
+    [{"A": ()}, {"B": ()}, {"B": (3,)}, {"E": ()}, {"A": (3,), "B": (), "E": ()}],
+)
+def test_weights_without_their_dimensions(saved: Path, others: dict[str, tuple[int, ...]]) -> None:
+    shapes = {"A": (3, 4), "B": (5, 3), "E": (3, 1), **others}
     tensors = {f"base_model.model.q.lora_{name}": torch.zeros(shape) for name, shape in shapes.items()}
     safetensors.torch.save_file(tensors, saved / WEIGHTS)
     change(saved, rank_pattern={"q.lora_E": [True] * 3 + [False]})
