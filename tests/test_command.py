@@ -84,6 +84,15 @@ def test_arguments_that_are_not_known(arguments: list[str], capsys: pytest.Captu
     assert capsys.readouterr().err.startswith("usage: peft-gradguard ")
 
 
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["--help"])
+    assert error.value.code == 0
+    assert "run a command under the guard, say whether it is on, or inspect a saved adapter" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 @pytest.fixture
 def signals() -> Iterator[None]:
     """Ignore again, in this process, what a command must not find ignored."""
@@ -96,10 +105,11 @@ def signals() -> Iterator[None]:
 @pytest.mark.skipif(os.name == "nt", reason="the words of POSIX")
 @pytest.mark.usefixtures("signals")
 def test_command_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    missing = str(tmp_path / "missing")
-    assert cli.main(["run", missing]) == 127
-    assert capsys.readouterr() == ("", f"peft-gradguard: {missing}: command not found\n")
-    assert cli.main(["run", str(tmp_path)]) == 126
+    # The second one is no option, though it comes before "--" in the order of the alphabet.
+    for missing in (str(tmp_path / "missing"), "!missing"):
+        assert cli.main(["run", missing, "argument"]) == 127
+        assert capsys.readouterr() == ("", f"peft-gradguard: {missing}: command not found\n")
+    assert cli.main(["run", str(tmp_path), "argument"]) == 126
     assert capsys.readouterr() == ("", f"peft-gradguard: {tmp_path}: Permission denied\n")
 
 

@@ -96,6 +96,7 @@ def test_it_is_printed(saved: Path, inspect: Inspect) -> None:
 def test_json(saved: Path, inspect: Inspect) -> None:
     code, out, _ = inspect(saved, "--json")
     assert code == 0
+    assert out == json.dumps(json.loads(out), indent=2) + "\n"
     (adapter,) = json.loads(out)["adapters"]
     assert adapter["saved"]
     assert sum(module["rank_kept"] for module in adapter["modules"]) == 20

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import wrapt
 from peft.tuners.adalora import RankAllocator
 
 from peft_gradguard import cli, hooks, probe, status
@@ -197,7 +198,9 @@ def test_exit_status_and_forms(
     monkeypatch.setenv("PEFT_GRADGUARD", switch)
     ask(answer(**seen, versions={"python": "3", "torch": None}))
     assert cli.main(["status", "--json"]) == exit_status
-    said = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    said = json.loads(printed)
+    assert printed == json.dumps(said, indent=2) + "\n"
     assert said["state"] == state
     assert said["why"]
     assert said["switch"]["value"] == switch
@@ -290,6 +293,13 @@ def around(method: Callable[..., Any]) -> Callable[..., Any]:
     return functools.wraps(method)(lambda *arguments: method(*arguments))
 
 
+class Counting:
+    """A wrapper that is no function."""
+
+    def __init__(self, wrapped: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, wrapped)
+
+
 def test_wrappers_of_a_guarded_method() -> None:
     guarded = vars(RankAllocator)["update_ipt"]
     assert probe.wrappers(guarded) == {"guarded": True, "others": []}
@@ -297,17 +307,19 @@ def test_wrappers_of_a_guarded_method() -> None:
     for method in (guarded, RankAllocator.update_ipt):
         assert probe.wrappers(around(method)) == {"guarded": True, "others": [__name__]}
         assert probe.wrappers(around(around(method))) == {"guarded": True, "others": [__name__] * 2}
+    assert probe.wrappers(wrapt.FunctionWrapper(guarded, json.dumps)) == {"guarded": True, "others": ["json"]}
+    assert probe.wrappers(Counting(guarded)) == {"guarded": True, "others": [__name__]}
     plain = probe.innermost(guarded)
     assert plain.__module__.startswith("peft.")
     assert probe.innermost(around(guarded)) is plain
     assert probe.wrappers(plain) == {"guarded": False, "others": []}
+    assert probe.wrappers(wrapt.FunctionWrapper(plain, json.dumps)) == {"guarded": False, "others": ["json"]}
+    assert probe.wrappers(Counting(plain)) == {"guarded": False, "others": [__name__]}
     assert probe.wrappers(around(plain)) == {"guarded": False, "others": [__name__]}
     assert probe.wrappers(None) == {"guarded": False, "others": []}
 
 
 def test_origin() -> None:
-    import wrapt
-
     def other(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         raise AssertionError
 
@@ -317,7 +329,7 @@ def test_origin() -> None:
     namespace: dict[str, Any] = {}
     exec(compile("def typed(): pass", "<typed in>", "exec"), namespace)
     assert probe.origin(namespace["typed"]) == "<typed in>"
-    assert probe.origin(len) == "<class 'builtin_function_or_method'>"
+    assert probe.origin(len) == "builtins"
 
 
 def raises(error: type[Exception]) -> Callable[..., None]:
