@@ -36,6 +36,8 @@ def skip_reason(parameter: torch.nn.Parameter) -> SkipReason | None:
 def step_gradients(parameters: Sequence[AdaLoraParameter]) -> StepGradients:
     """Judge this step's gradients. Where all are exactly zero they count as missing, for scores of 0 prune every rank.
 
+    So do zeros where all else is not finite: clipping to a norm that has overflowed makes zeros of what was finite.
+
     Gradients that DeepSpeed holds are taken as usable, unseen: looking would be a collective, and DeepSpeed leaves out
     overflowed steps by itself. So are those on the meta device, which have no values.
     """
@@ -46,10 +48,10 @@ def step_gradients(parameters: Sequence[AdaLoraParameter]) -> StepGradients:
     for (parameter, _), magnitude in zip(seen, found, strict=True):
         if not math.isfinite(magnitude):
             reasons[parameter.name] = NON_FINITE
-    zeroed = bool(seen) and len(seen) == len(there) and not any(found)
-    if zeroed:
-        reasons.update((parameter.name, NO_GRADIENT) for parameter, _ in seen)
-    return StepGradients(reasons, zeroed)
+    zeros = [parameter.name for (parameter, _), magnitude in zip(seen, found, strict=True) if magnitude == 0]
+    if len(seen) == len(there) and not any(map(math.isfinite, filter(None, found))):
+        reasons.update(dict.fromkeys(zeros, NO_GRADIENT))
+    return StepGradients(reasons, zeroed=bool(seen) and len(zeros) == len(there))
 
 
 def magnitudes(tensors: Sequence[torch.Tensor]) -> list[float]:

@@ -9,7 +9,7 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -20,8 +20,20 @@ if TYPE_CHECKING:
 
 CAUSES = (
     "Either update_and_allocate is called before backward or after zero_grad (as from Trainer's on_step_end), or the "
-    "adapter took no part in this step (disabled, merged, or another adapter active). Call it after backward and "
-    "before zero_grad; in a Trainer, from on_optimizer_step."
+    "adapter took no part in this step (disabled, merged, or another adapter active)."
+)
+REMEDY = "Call it after backward and before zero_grad; in a Trainer, from on_optimizer_step."
+KEEPING = "peft_gradguard keeps each optimizer step's gradients until update_and_allocate has used them."
+
+LATE = "The %d AdaLoRA parameters have no gradient %s, so this step scores nothing. %s %s From now on %s"
+LATE_AND_ZERO = (
+    "The %d AdaLoRA parameters have only gradients that are exactly zero %s, but the optimizer used others: "
+    "update_and_allocate is called after zero_grad(set_to_none=False), and its first call scored nothing. %s From now "
+    "on %s"
+)
+ZERO = (
+    "The %d AdaLoRA parameters have only gradients that are exactly zero %s, and the optimizer used these: such a step "
+    "scores nothing. Does the loss depend on the adapter?"
 )
 
 
@@ -32,15 +44,22 @@ class KeptGradients:
     are copies kept. The optimizer's hook knows this object weakly, and this object the parameters.
     """
 
-    def __init__(self, parameters: Iterable[AdaLoraParameter]) -> None:
+    def __init__(self, parameters: Iterable[AdaLoraParameter], suspicion: bool) -> None:
+        self.suspicion = suspicion
+        """Whether only gradients of zero have been seen: after ``zero_grad``, or from a loss that gave just these."""
         self.copies = False
         """Whether to keep copies, because ``zero_grad`` writes zeros."""
+        self.lending = False
+        """Whether the last call was lent any."""
         self._parameters: dict[str, weakref.ref[torch.nn.Parameter]] = {}
         self._kept: dict[str, torch.Tensor] = {}
         self._backward_seen = False
         self._step_seen = False
         this = weakref.ref(self)
-        self._handles: list[Any] = [register_optimizer_step_pre_hook(lambda *args: _before_step(this, args[0]))]
+        self._handles: list[Any] = [
+            register_optimizer_step_pre_hook(lambda *step: _in_step(this, step, before=True)),
+            register_optimizer_step_post_hook(lambda *step: _in_step(this, step, before=False)),
+        ]
         self._backward_handles: list[Any] = [
             parameter.parameter.register_hook(lambda _: _in_backward(this))  # type: ignore[no-untyped-call]
             for parameter in parameters
@@ -59,9 +78,24 @@ class KeptGradients:
         """Say whether, since the last call, gradients came but no optimizer used them: a ``GradScaler``'s overflow."""
         return self._backward_seen and not self._step_seen
 
+    def call_in_time(self) -> bool:
+        """Let go of what is kept, as gradients are there at this call; say whether the suspicion has proved wrong.
+
+        So it has where the optimizer has stepped since the last call: that step's gradients are still there. Where it
+        has not, as at a call for each micro-batch, the late call may be yet to come.
+        """
+        stepped, self._kept = self._step_seen, {}
+        self._backward_seen = self._step_seen = False
+        self.copies &= not stepped
+        return stepped and self.suspicion
+
     @contextmanager
-    def lent(self, parameters: Iterable[AdaLoraParameter]) -> Iterator[None]:
-        """Give the parameters their kept gradients back for one allocator call, and let go of them afterwards."""
+    def lent(self, parameters: Iterable[AdaLoraParameter]) -> Iterator[bool]:
+        """Give the parameters their kept gradients back for one allocator call, and let go of them afterwards.
+
+        Gives whether there were any. For all parameters or none: one of this step's gradients beside those of the last
+        would mix two steps.
+        """
         lent: list[tuple[torch.nn.Parameter, torch.Tensor | None]] = []
         kept, self._kept = self._kept, {}
         for parameter in parameters:
@@ -70,8 +104,9 @@ class KeptGradients:
             if parameter.name in kept and watched is not None and watched() is parameter.parameter:
                 lent.append((parameter.parameter, parameter.parameter.grad))
                 parameter.parameter.grad = kept[parameter.name]
+        self.lending = bool(lent)
         try:
-            yield
+            yield self.lending
         finally:
             self._backward_seen = self._step_seen = False
             for owner, gradient in lent:
@@ -104,9 +139,11 @@ class KeptGradients:
                     self._kept[name] = parameter.grad.clone() if self.copies else parameter.grad
 
 
-def _before_step(this: weakref.ref[KeptGradients], optimizer: torch.optim.Optimizer) -> None:
-    kept = this()
-    if kept is not None:
+def _in_step(this: weakref.ref[KeptGradients], step: tuple[Any, ...], before: bool) -> None:
+    kept, (optimizer, args, kwargs) = this(), step
+    # A closure computes the gradients within the step: those of before belong to another step, those of after are used.
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if kept is not None and before == (closure is None):
         kept._keep(optimizer)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .errors import NoGradientError
 from .gradients import magnitudes, step_gradients
-from .late import CAUSES, KeptGradients
+from .late import CAUSES, KEEPING, LATE, LATE_AND_ZERO, REMEDY, ZERO, KeptGradients
 from .parameters import EXCLUDED, FROZEN, NON_FINITE
 from .shards import refuse_flat_parameters, refuse_late_call, require_whole_gradients
 from .skips import memory_of
@@ -43,8 +43,7 @@ def scoring(allocator: RankAllocator, view: ModelView) -> Iterator[bool]:
     parameters = view.adalora_parameters
     require_gradients(allocator, view, _at(memory))
     require_whole_gradients(parameters, _at(memory))
-    with memory.kept.lent(parameters) if memory.kept else nullcontext():
-        gradients = step_gradients(parameters)
+    with _gradients_to_score(allocator, memory, view) as gradients:
         usable = [parameter for parameter in parameters if gradients.reasons[parameter.name] is None]
         if usable:
             _log_skips(memory, gradients.reasons)
@@ -69,6 +68,31 @@ def stop_keeping_gradients(allocator: RankAllocator) -> None:
         memory.kept = None
 
 
+@contextmanager
+def _gradients_to_score(allocator: RankAllocator, memory: Memory, view: ModelView) -> Iterator[StepGradients]:
+    """Give this step's gradients; where none has come, those that the optimizer used last, if they were kept."""
+    gradients, kept = step_gradients(view.adalora_parameters), memory.kept
+    if kept is None:
+        yield gradients
+    elif _any_has_come(gradients, view):
+        if kept.call_in_time():
+            stop_keeping_gradients(allocator)
+        yield gradients
+    else:
+        with kept.lent(view.adalora_parameters) as any_lent:
+            if any_lent:
+                gradients = step_gradients(view.adalora_parameters)
+            if kept.suspicion and _any_has_come(gradients, view):
+                kept.suspicion = False
+                memory.warn_once("late call", LATE_AND_ZERO, len(gradients.reasons), _at(memory), REMEDY, KEEPING)
+            yield gradients
+
+
+def _any_has_come(gradients: StepGradients, view: ModelView) -> bool:
+    reasons = gradients.reasons.values()
+    return None in reasons or NON_FINITE in reasons or (EXCLUDED in reasons and _excluded_have_gradients(view))
+
+
 def _at(memory: Memory) -> str:
     return f"(adapter {memory.adapter!r}, step {'unknown' if memory.step is None else memory.step})"
 
@@ -91,7 +115,7 @@ def _nothing_to_score(allocator: RankAllocator, memory: Memory, view: ModelView,
         )
     if all(reason in (FROZEN, EXCLUDED) for reason in reasons.values()):
         _none_can_be_scored(allocator, memory, reasons, at)
-    elif NON_FINITE in reasons.values() or (EXCLUDED in reasons.values() and _excluded_have_gradients(view)):
+    elif _any_has_come(gradients, view):
         _log_skips(memory, reasons)
     else:
         _late_call(allocator, memory, view, gradients, at)
@@ -127,24 +151,24 @@ def _none_can_be_scored(
 
 
 def _late_call(allocator: RankAllocator, memory: Memory, view: ModelView, gradients: StepGradients, at: str) -> None:
-    """Take the call to come after ``zero_grad``: keep gradients from now on, or give up where that has not helped."""
+    """Take the call to come after ``zero_grad``: keep gradients from now on, or give up where that has not helped.
+
+    Gradients that are all exactly zero are no proof: the loss may have given them, as one of equal rewards does. So
+    that is said once the optimizer is seen to use others.
+    """
     refuse_late_call(view.adalora_parameters, at)
-    kept = memory.kept
-    found = "only gradients that are exactly zero" if gradients.zeroed else "no gradient"
+    kept, zeroed, count = memory.kept, gradients.zeroed, len(gradients.reasons)
     if kept is None:
-        kept = memory.kept = KeptGradients(view.adalora_parameters)
-        memory.warn_once(
-            "late call",
-            "The %d AdaLoRA parameters have %s %s, so this step scores nothing. %s From now on peft_gradguard keeps "
-            "each optimizer step's gradients until update_and_allocate has used them.",
-            len(gradients.reasons),
-            found,
-            at,
-            CAUSES,
-        )
-    elif not (allocator.exp_avg_ipt or kept.step_was_left_out() or (gradients.zeroed and not kept.copies)):
+        kept = memory.kept = KeptGradients(view.adalora_parameters, suspicion=zeroed)
+    elif zeroed and kept.copies and kept.lending:
+        memory.warn_once("zeros", ZERO, count, at)
+    elif not (allocator.exp_avg_ipt or kept.step_was_left_out() or (zeroed and not kept.copies)):
+        found = "only gradients that are exactly zero" if zeroed else "no gradient"
         raise NoGradientError(
-            f"The {len(gradients.reasons)} AdaLoRA parameters have {found} {at}, at the second call in a row, and none "
-            f"was ever scored. {CAUSES}"
+            f"The {count} AdaLoRA parameters have {found} {at}, at the second call in a row, and none was ever scored. "
+            f"{CAUSES} {REMEDY}"
         )
-    kept.copies |= gradients.zeroed
+    if not zeroed:
+        kept.suspicion = False
+        memory.warn_once("late call", LATE, count, at, CAUSES, REMEDY, KEEPING)
+    kept.copies |= zeroed

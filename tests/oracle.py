@@ -55,6 +55,8 @@ class Late:
 
     watched: set[Key]
     """Where a backward is seen: the parameters that were trainable at that call."""
+    suspicion: bool
+    """Whether nothing has shown yet that calls are late, as all gradients were there and zero."""
     copies: bool = False
     kept: dict[Key, torch.Tensor] = field(default_factory=dict)
     backward_seen: bool = False
@@ -117,15 +119,23 @@ class Oracle:
         return energies
 
     def _score(self, facts: Facts) -> None:
-        kept = self.late.kept if self.late else {}
-        gradients = {key: kept.get(key, gradient) for key, gradient in facts.gradients.items()}
-        there = {k: g for k, g in gradients.items() if g is not None and facts.trainable[k]}
-        zeroed = bool(there) and not any(gradient.any() for gradient in there.values())
-        usable = {} if zeroed else {k: g for k, g in there.items() if g.isfinite().all()}
+        there = _there(facts, facts.gradients)
+        late = self.late
+        if late is not None and _some_are_not_zero(there):
+            # In time. Where the optimizer has stepped, its gradients are those that are there.
+            late.kept, late.copies = {}, late.copies and not late.step_seen
+            self.late = None if late.suspicion and late.step_seen else late
+        elif late is not None:
+            there = _there(facts, {**facts.gradients, **late.kept})
+            late.suspicion &= not _some_are_not_zero(there)
+        zeroed = bool(there) and not _some_are_not_zero(there)
+        usable = {k: g for k, g in there.items() if g.isfinite().all()}
+        if not any(gradient.any() for gradient in usable.values()):
+            usable = {}
         if not any(facts.trainable.values()):
             if not self.ipt:
                 raise BrokenLoopError
-        elif not usable and (zeroed or not there):
+        elif zeroed or not there:
             self._call_is_late(zeroed, {key for key, trainable in facts.trainable.items() if trainable})
         beta1, beta2 = self.schedule.beta1, self.schedule.beta2
         for key, gradient in usable.items():
@@ -139,11 +149,13 @@ class Oracle:
 
     def _call_is_late(self, zeroed: bool, trainable: set[Key]) -> None:
         if self.late is None:
-            self.late = Late(trainable)
+            self.late = Late(trainable, suspicion=zeroed)
         else:
             left_out = self.late.backward_seen and not self.late.step_seen
-            if not (self.ipt or left_out or (zeroed and not self.late.copies)):
+            used_zeros = bool(self.late.kept) and self.late.copies
+            if not (self.ipt or left_out or (zeroed and (used_zeros or not self.late.copies))):
                 raise BrokenLoopError
+        self.late.suspicion &= zeroed
         self.late.copies |= zeroed
 
     def _ranked(self, trainable: dict[Key, bool]) -> list[str]:
@@ -184,6 +196,14 @@ class Oracle:
         means = [scores["A"].mean(dim=1)] if "A" in scores else []
         means += [scores["B"].mean(dim=0)] if "B" in scores else []
         return scores["E"].view(-1) + sum(means[1:], means[0])
+
+
+def _there(facts: Facts, gradients: dict[Key, torch.Tensor | None]) -> dict[Key, torch.Tensor]:
+    return {key: g for key, g in gradients.items() if g is not None and facts.trainable[key]}
+
+
+def _some_are_not_zero(gradients: dict[Key, torch.Tensor]) -> bool:
+    return any(gradient.any() for gradient in gradients.values())
 
 
 def _mask(energy: torch.Tensor, keep: list[bool]) -> None:

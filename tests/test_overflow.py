@@ -84,6 +84,46 @@ def test_overflow_of_everything_is_no_late_call(caplog: pytest.LogCaptureFixture
     assert len(said) == 12
 
 
+@pytest.mark.parametrize("factor", ["A", "B", "E"])
+def test_clipping_by_a_norm_that_has_overflowed_leaves_the_step_out(factor: str) -> None:
+    model = build(branches())
+    allocator = model.base_model.rankallocator
+    for step in (1, 2, 3):
+        model.zero_grad()
+        loss_of(model, vectors(step), False).backward()
+        before = dict(allocator.exp_avg_ipt)
+        if step == 2:
+            poison(model, float("inf"), f"trunk.0.lora_{factor}", one=True)
+        # The norm is inf: what was finite becomes 0, and what was not, NaN.
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        model.base_model.update_and_allocate(step)
+        kept = [name for name, score in allocator.exp_avg_ipt.items() if score is before.get(name)]
+        assert len(kept) == (12 if step == 2 else 0)
+
+
+def test_clipping_after_an_overflow_outside_adalora_is_no_late_call(caplog: pytest.LogCaptureFixture) -> None:
+    model = build(branches())
+    head = model.base_model.model.head.weight
+    head.requires_grad_(True)
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=2.0), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(1, 8):
+        scaler.scale(loss_of(model, vectors(step), False)).backward()
+        overflows = step in (1, 2, 3, 5)
+        if overflows:
+            head.grad.view(-1)[0] = float("inf")
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        before = dict(model.base_model.rankallocator.exp_avg_ipt)
+        model.base_model.update_and_allocate(step)
+        scaler.update()
+        optimizer.zero_grad()
+        scores = model.base_model.rankallocator.exp_avg_ipt
+        assert [name for name in scores if scores[name] is before.get(name)] == list(before) * overflows
+    assert len(scores) == 12
+    assert [record for record in caplog.records if record.name == "peft_gradguard"] == []
+
+
 def test_run_under_a_grad_scaler_in_half_precision() -> None:
     model = build(branches())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
