@@ -18,7 +18,7 @@ from .replaced import is_own, name_replaced_methods
 from .scoring import scoring, scoring_is_due, stop_keeping_gradients
 from .shards import keep_masks
 from .skips import memory_of
-from .uncalled import watch_for_calls
+from .uncalled import note_call, watch_for_calls
 from .undo import undone_on_error
 from .view import ModelView
 
@@ -107,7 +107,7 @@ def mask_using_rank_pattern(
     """In the final phase, mask only names in the pattern (``RankAllocator.mask_using_rank_pattern``)."""
 
     def guarded(model: torch.nn.Module, rank_pattern: RankPattern | None, *rest: Any, **more: Any) -> None:
-        memory_of(allocator).called = True
+        note_call(memory_of(allocator))
         stop_keeping_gradients(allocator)
         name_missed_finalising_step(allocator, rank_pattern)
         view = _view(allocator, model)
@@ -136,7 +136,7 @@ def _set_budget_scheduler(
 def _call(allocator: RankAllocator, model: torch.nn.Module, step: int) -> Iterator[ModelView]:
     """Remember view and step for the methods that PEFT calls from ``update_and_allocate``, and only so long."""
     memory = memory_of(allocator)
-    memory.called = True
+    note_call(memory)
     view = _view(allocator, model)
     before = memory.view, memory.step
     memory.view, memory.step = view, step

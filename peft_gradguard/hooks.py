@@ -41,6 +41,7 @@ class GuardWrapper(wrapt.FunctionWrapper):  # type: ignore[misc, type-arg, unuse
 
 _lock = threading.RLock()
 _enabled = False
+_times_off = 0
 _registering = threading.local()
 
 
@@ -57,15 +58,17 @@ def enable() -> None:
 
 def disable() -> None:
     """Switch the guard off: PEFT's methods run as they are, from the next call on. Idempotent."""
-    global _enabled
+    global _enabled, _times_off
     _enabled = False
+    _times_off += 1
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
     """Switch the guard off for a ``with`` block, in the whole process, and back to what it was afterwards."""
     global _enabled
-    before, _enabled = _enabled, False
+    before = _enabled
+    disable()
     try:
         yield
     finally:
@@ -75,6 +78,11 @@ def disabled() -> Iterator[None]:
 def is_enabled() -> bool:
     """Say whether the guard is switched on. Whether it could be applied is another matter: see the log."""
     return _enabled
+
+
+def times_switched_off() -> int:
+    """Return how often the guard was switched off in this process: in between it sees nothing."""
+    return _times_off
 
 
 def is_guarded(method: Any) -> bool:

@@ -28,6 +28,8 @@ from scenarios import (
 )
 from trainers import Examples, training_arguments
 
+import peft_gradguard
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -274,6 +276,78 @@ def test_never_called_where_no_rank_could_be_pruned(
     del model.base_model.rankallocator
     gc.collect()
     assert said() == []
+
+
+def test_adapter_that_was_only_loaded_was_not_trained(
+    model: peft.PeftModel, tmp_path: Path, said: Callable[[], list[str]]
+) -> None:
+    values = {name: torch.ones_like(value) for name, value in model.state_dict().items() if "lora_E" in name}
+    model.load_state_dict(values, strict=False)
+    # Somebody else's training goes on meanwhile.
+    other = torch.nn.Parameter(torch.ones(1))
+    for _ in range(2):
+        other.grad = torch.ones(1)
+        torch.optim.SGD([other], 0.1).step()
+    del model.base_model.rankallocator
+    gc.collect()
+    assert said() == []
+
+
+def test_trained_after_something_was_loaded(model: peft.PeftModel, said: Callable[[], list[str]]) -> None:
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (1, 2):
+        loss_of(model, vectors(step), True).backward()
+        optimizer.step()
+    del model.base_model.rankallocator
+    gc.collect()
+    assert ["update_and_allocate was never called" in message for message in said()] == [True]
+
+
+@pytest.mark.parametrize("switch", ["disabled", "disable"])
+def test_calls_made_while_the_guard_is_off_are_not_missed(
+    model: peft.PeftModel, switch: str, said: Callable[[], list[str]]
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    off: Any = peft_gradguard.disabled() if switch == "disabled" else contextlib.nullcontext(peft_gradguard.disable())
+    with off:
+        for step in (1, 2):
+            loss_of(model, vectors(step), True).backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+    peft_gradguard.enable()
+    del model.base_model.rankallocator
+    gc.collect()
+    assert said() == []
+
+
+def test_optimizers_are_watched_until_every_allocator_was_called() -> None:
+    program = f"""
+import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}
+import peft_gradguard, torch
+from scenarios import branches, build, loss_of, vectors
+from torch.optim import optimizer as torch_optimizer
+counts = []
+def count():
+    counts.append(len(torch_optimizer._global_optimizer_pre_hooks))
+models = [build(branches()), build(branches())]
+count()
+for model in models:
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss_of(model, vectors(1), True).backward()
+    optimizer.step()
+    model.base_model.update_and_allocate(1)
+    count()
+    model.base_model.update_and_allocate(2)
+models.append(build(branches()))
+count()
+models[-1].base_model.update_and_allocate(100)
+count()
+print(counts)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout == "[1, 1, 0, 1, 0]\n"
 
 
 @pytest.mark.parametrize(("steps", "warned"), [(0, False), (TOTAL, True)])
