@@ -24,7 +24,7 @@ CANNOT_RUN, NOT_FOUND = 126, 127
 """The exit statuses of a shell."""
 
 FAILED = 2
-"""The exit status of ``inspect`` where there is nothing to show."""
+"""The exit status of ``inspect`` where something could not be shown."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,16 +79,21 @@ def _become(command: list[str], environ: dict[str, str]) -> NoReturn:
 
 def inspect(path: str, adapter: str | None, picture: str | None, as_json: bool) -> int:
     """Print the report of a saved adapter, and draw it where a file for the picture is given."""
-    from .saved import SavedAdapterError, read
+    from .saved import SavedAdapterError, read_undamaged
 
+    problems: list[Exception] = []
     try:
-        report = read(path, adapter)
-        if picture is not None:
-            report.plot(picture, adapter=adapter)
+        report, damaged = read_undamaged(path, adapter)
+        problems += damaged
+        if report.adapters:
+            if picture is not None:
+                report.plot(picture, adapter=adapter)
+            print(report.to_json(indent=2) if as_json else report)
     except (SavedAdapterError, ValueError, ImportError, OSError) as error:
-        return _fail(f"inspect: {error}", FAILED)
-    print(report.to_json(indent=2) if as_json else report)
-    return 0
+        problems.append(error)
+    for problem in problems:
+        _fail(f"inspect: {problem}", FAILED)
+    return FAILED if problems else 0
 
 
 def _fail(message: str, status: int) -> int:
@@ -118,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="show which ranks a saved adapter has kept, without its model",
         description="Show which ranks a saved AdaLoRA adapter has kept, module by module. Needs only the folder that "
-        "save_pretrained wrote, and no model. Exit status: 0, or 2 where there is no such adapter.",
+        "save_pretrained wrote, and no model. Exit status: 0, or 2 where there is none, or a damaged one.",
     )
     inspect.add_argument("path", metavar="PATH", help="the folder with adapter_config.json")
     inspect.add_argument("--adapter", metavar="NAME", help="only this one of the adapters in the folder")

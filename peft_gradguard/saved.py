@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,6 @@ from .parameters import INSIDE_MODULES_TO_SAVE
 from .reports import AdapterReport, ModuleReport, ParameterReport, Report
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable
 
     from .parameters import Factor
@@ -33,6 +33,10 @@ class SavedAdapterError(Exception):
     """What is wrong with the folder, in one sentence, with what to do."""
 
 
+class OtherMethodError(SavedAdapterError):
+    """An adapter, but not one of AdaLoRA."""
+
+
 class Tensor(NamedTuple):
     """One factor of one triplet in the file."""
 
@@ -46,7 +50,19 @@ def read(path: str | os.PathLike[str], adapter: str | None = None) -> Report:
     """Return the report of the AdaLoRA adapters that ``save_pretrained`` left in this folder.
 
     ``adapter``: only this one. Of what a report holds the files tell the shapes, the ranks started with and kept, and
-    what is not ranked; the rest is empty. ``SavedAdapterError`` where the folder does not hold what it should.
+    what is not ranked; the rest is empty. ``SavedAdapterError`` where the folder, or one of the adapters asked for, is
+    not what it should be.
+    """
+    report, damaged = read_undamaged(path, adapter)
+    if damaged:
+        raise damaged[0]
+    return report
+
+
+def read_undamaged(path: str | os.PathLike[str], adapter: str | None = None) -> tuple[Report, list[SavedAdapterError]]:
+    """Return the report of those adapters that can be read, and what is wrong with the others.
+
+    Without any AdaLoRA adapter, damaged or not, a ``SavedAdapterError``.
     """
     found = _folders(Path(path), str(path))
     if adapter is not None:
@@ -54,13 +70,19 @@ def read(path: str | os.PathLike[str], adapter: str | None = None) -> Report:
             raise SavedAdapterError(
                 f"{path}: there is no adapter {adapter!r} in it, only {', '.join(map(repr, found))}"
             )
-        return Report((_adapter(found[adapter], adapter),))
-    reports = [_adapter_or_problem(folder, name) for name, folder in found.items()]
-    adapters = [report for report in reports if isinstance(report, AdapterReport)]
-    if not adapters:
-        raise next(report for report in reports if isinstance(report, SavedAdapterError))
-    # Of several, those that are not AdaLoRA adapters are not what was asked about.
-    return Report(tuple(adapters))
+        found = {adapter: found[adapter]}
+    adapters, damaged, others = [], [], []
+    for name, folder in found.items():
+        try:
+            adapters.append(_adapter(folder, name))
+        except OtherMethodError as error:
+            others.append(error)
+        except SavedAdapterError as error:
+            damaged.append(error)
+    # Beside an AdaLoRA adapter, those of other methods are not what was asked about.
+    if not adapters and not damaged:
+        raise others[0]
+    return Report(tuple(adapters)), damaged
 
 
 def _folders(path: Path, given: str) -> dict[str, Path]:
@@ -73,15 +95,20 @@ def _folders(path: Path, given: str) -> dict[str, Path]:
         )
     if not path.is_dir():
         raise SavedAdapterError(f"{given}: is a file; give the folder that holds it")
-    inside = {folder.name: folder for folder in sorted(path.iterdir()) if (folder / CONFIG).is_file()}
+    inside = {folder.name: folder for folder in sorted(path.iterdir()) if _holds_adapter(folder)}
     checkpoints = [name for name in inside if name.startswith("checkpoint-")]
     found = {name: folder for name, folder in inside.items() if name not in checkpoints}
-    if (path / CONFIG).is_file():
+    if _holds_adapter(path):
         found = {DEFAULT: path, **found}
     if not found:
         hint = f"; give one of the folders inside of it: {', '.join(checkpoints)}" if checkpoints else ""
         raise SavedAdapterError(f"{given}: is not a saved adapter, it has no {CONFIG}{hint}")
     return found
+
+
+def _holds_adapter(folder: Path) -> bool:
+    # Path.is_file would raise for a folder that may not be read, before Python 3.14.
+    return os.path.isfile(folder / CONFIG)
 
 
 def _adapter(folder: Path, name: str) -> AdapterReport:
@@ -135,13 +162,6 @@ def _adapter(folder: Path, name: str) -> AdapterReport:
     )
 
 
-def _adapter_or_problem(folder: Path, name: str) -> AdapterReport | SavedAdapterError:
-    try:
-        return _adapter(folder, name)
-    except SavedAdapterError as error:
-        return error
-
-
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -151,7 +171,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if kind is None:
         raise SavedAdapterError(f"{folder / CONFIG}: is not a PEFT configuration, it names no peft_type")
     if kind != "ADALORA":
-        raise SavedAdapterError(f"{folder}: holds a {kind} adapter, not an AdaLoRA one")
+        raise OtherMethodError(f"{folder}: holds a {kind} adapter, not an AdaLoRA one")
     return dict(config)
 
 

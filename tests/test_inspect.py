@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from scenarios import INIT_R, LINEARS, PEFT_VERSION, TARGET_R, adalora_config, b
 from scenarios import train as train_scenario
 
 from peft_gradguard import cli
-from peft_gradguard.saved import read
+from peft_gradguard.saved import SavedAdapterError, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,6 +222,89 @@ def test_adapters_of_other_methods_beside_it_are_left_out(saved: Path, inspect: 
         "",
         f"peft-gradguard: inspect: {saved / 'other'}: holds a LORA adapter, not an AdaLoRA one\n",
     )
+
+
+@pytest.fixture
+def two(saved: Path) -> Path:
+    """A folder with the adapters "default" and "other", the same one twice."""
+    other = saved.parent / "other"
+    shutil.copytree(saved, other)
+    return Path(shutil.move(other, saved)).parent
+
+
+def without_weights(folder: Path) -> str:
+    (folder / WEIGHTS).unlink()
+    return (
+        f"peft-gradguard: inspect: {folder}: its weights are missing, there is neither {WEIGHTS} nor "
+        "adapter_model.bin\n"
+    )
+
+
+@pytest.mark.parametrize(("whole", "damaged", "folder"), [("default", "other", "other"), ("other", "default", ".")])
+def test_damaged_adapter_beside_a_whole_one(
+    two: Path, inspect: Inspect, tmp_path: Path, whole: str, damaged: str, folder: str
+) -> None:
+    lora(two / "lora")
+    forms: tuple[tuple[str, ...], ...] = ((), ("--json",))
+    expected = [inspect(two, "--adapter", whole, *form)[1] for form in forms]
+    line = without_weights(two / folder)
+    for form, out in zip(forms, expected, strict=True):
+        assert inspect(two, *form) == (2, out, line)
+        assert inspect(two, "--adapter", whole, *form) == (0, out, "")
+        assert inspect(two, "--adapter", damaged, *form) == (2, "", line)
+    assert [adapter.adapter for adapter in read(two, whole).adapters] == [whole]
+    for asked_for in (None, damaged):
+        with pytest.raises(SavedAdapterError, match="its weights are missing"):
+            read(two, asked_for)
+    picture = tmp_path / "ranks.png"
+    assert inspect(two, "--plot", picture) == (2, expected[0], line)
+    assert picture.exists()
+    code, out, err = inspect(two, "--plot", tmp_path / "ranks.pdf")
+    assert (code, out) == (2, "")
+    assert err.startswith(line + "peft-gradguard: inspect: '")
+
+
+def test_all_adapters_are_damaged(two: Path, inspect: Inspect, tmp_path: Path) -> None:
+    lora(two / "lora")
+    lines = without_weights(two) + without_weights(two / "other")
+    assert inspect(two) == inspect(two, "--plot", tmp_path / "ranks.png") == (2, "", lines)
+    with pytest.raises(SavedAdapterError, match=f"^{two}: "):
+        read(two)
+
+
+def test_adapter_of_another_method_is_asked_for(saved: Path, inspect: Inspect) -> None:
+    lora(saved / "other")
+    line = f"peft-gradguard: inspect: {saved / 'other'}: holds a LORA adapter, not an AdaLoRA one\n"
+    assert inspect(saved, "--adapter", "other") == (2, "", line)
+
+
+@pytest.mark.parametrize("hide", [lambda file: file.symlink_to(file.name), lambda file: file.mkdir()])
+def test_no_file_for_a_configuration_beside_an_adapter(saved: Path, hide: Callable[[Path], object]) -> None:
+    (saved / "other").mkdir()
+    hide(saved / "other" / CONFIG)
+    assert [adapter.adapter for adapter in read(saved).adapters] == ["default"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_folder_that_may_not_be_read_beside_an_adapter(two: Path) -> None:
+    # Root may read everything, and reads as somebody else here, from within the folder: pytest's may not be entered.
+    if os.geteuid() == 0:
+        for path in (two, *two.rglob("*")):
+            os.chown(path, 65534, 65534)
+    (two / "other").chmod(0)
+    program = f"""
+import os
+import numpy, safetensors
+from peft_gradguard.saved import read
+os.chdir({str(two)!r})
+if os.geteuid() == 0:
+    os.seteuid(65534)
+assert not os.access("other/{CONFIG}", os.F_OK, effective_ids=True)
+print([adapter.adapter for adapter in read(".").adapters])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    (two / "other").chmod(0o700)
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("['default']\n", "", 0)
 
 
 @pytest.mark.parametrize(("factor", "shape"), [("A", (2, 4)), ("B", (5, 2)), ("E", (2, 1))])
