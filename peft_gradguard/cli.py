@@ -92,7 +92,7 @@ def inspect(path: str, adapter: str | None, picture: str | None, as_json: bool) 
     except (SavedAdapterError, ValueError, ImportError, OSError) as error:
         problems.append(error)
     for problem in problems:
-        _fail(f"inspect: {problem}", FAILED)
+        _fail(f"inspect: {' '.join(str(problem).splitlines())}", FAILED)
     return FAILED if problems else 0
 
 

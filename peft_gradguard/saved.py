@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -165,14 +166,24 @@ def _adapter(folder: Path, name: str) -> AdapterReport:
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    # A RecursionError: thousands of brackets, one in another.
+    except (OSError, ValueError, RecursionError) as error:
         raise SavedAdapterError(f"{folder / CONFIG}: cannot be read ({error})") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind is None:
+    if not isinstance(kind, str):
         raise SavedAdapterError(f"{folder / CONFIG}: is not a PEFT configuration, it names no peft_type")
     if kind != "ADALORA":
         raise OtherMethodError(f"{folder}: holds a {kind} adapter, not an AdaLoRA one")
+    if type(config.get("target_r", 0)) is not int:
+        raise _unexpected(folder, "target_r", config["target_r"], "a whole number")
+    to_save = config.get("modules_to_save")
+    if to_save is not None and not (isinstance(to_save, list) and all(isinstance(name, str) for name in to_save)):
+        raise _unexpected(folder, "modules_to_save", to_save, "a list of names")
     return dict(config)
+
+
+def _unexpected(folder: Path, setting: str, value: object, expected: str) -> SavedAdapterError:
+    return SavedAdapterError(f"{folder / CONFIG}: its {setting} is {reprlib.repr(value)}, not {expected}")
 
 
 def _shapes(folder: Path) -> Shapes:
@@ -215,10 +226,15 @@ def _tensors(shapes: Shapes) -> list[Tensor]:
 def _pattern(folder: Path, config: dict[str, Any]) -> dict[str, list[bool]]:
     """Return ``rank_pattern`` by module: its names end with ``.lora_E``, and where not cut, with the adapter."""
     pattern = config.get("rank_pattern") or {}
-    if not isinstance(pattern, dict) or not all(isinstance(flags, list) for flags in pattern.values()):
-        raise SavedAdapterError(
-            f"{folder / CONFIG}: its rank_pattern is not AdaLoRA's, a list of flags for each module"
-        )
+    if not isinstance(pattern, dict):
+        raise _unexpected(folder, "rank_pattern", pattern, "a list of flags for each module")
+    for name, flags in pattern.items():
+        # LoRA's rank_pattern has a number here.
+        if not isinstance(flags, list):
+            raise _unexpected(folder, f"rank_pattern of {name}", flags, "a list of flags")
+        for flag in flags:
+            if not isinstance(flag, bool):
+                raise _unexpected(folder, f"rank_pattern of {name} has a flag that", flag, "true or false")
     return {name.partition(".lora_E")[0]: flags for name, flags in pattern.items()}
 
 

@@ -386,7 +386,9 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no peft_type": (lambda f: change(f, peft_type=None), "is not a PEFT configuration, it names no peft_type"),
     "LoRA": (lora, "holds a LORA adapter, not an AdaLoRA one"),
     "of another kind": (lambda f: change(f, peft_type="A"), "holds a A adapter, not an AdaLoRA one"),
-    "LoRA's rank_pattern": (lambda f: change(f, rank_pattern={"query": 8}), "its rank_pattern is not AdaLoRA's"),
+    "of a name in two lines": (lambda f: change(f, peft_type="A\nB"), "holds a A B adapter, not an AdaLoRA one"),
+    "a number for peft_type": (lambda f: change(f, peft_type=5), "is not a PEFT configuration, it names no peft_type"),
+    "brackets without end": (lambda f: (f / CONFIG).write_text("[" * 200_000), "adapter_config.json: cannot be read ("),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "its weights are missing"),
     "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), f"{WEIGHTS}: is damaged or cannot be read"),
     "cut weights": (
@@ -410,6 +412,36 @@ def test_problem_is_one_line_on_stderr(saved: Path, inspect: Inspect, problem: s
     assert err.count("\n") == 1
     assert err.startswith(f"peft-gradguard: inspect: {saved}")
     assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("target_r", None, "target_r is None, not a whole number"),
+        ("target_r", "2", "target_r is '2', not a whole number"),
+        ("target_r", True, "target_r is True, not a whole number"),
+        ("target_r", 2.0, "target_r is 2.0, not a whole number"),
+        ("modules_to_save", 5, "modules_to_save is 5, not a list of names"),
+        ("modules_to_save", "head", "modules_to_save is 'head', not a list of names"),
+        ("modules_to_save", ["head", None], "modules_to_save is ['head', None], not a list of names"),
+        ("rank_pattern", ["q"], "rank_pattern is ['q'], not a list of flags for each module"),
+        # What LoRA has there.
+        ("rank_pattern", {"q": 8}, "rank_pattern of q is 8, not a list of flags"),
+        ("rank_pattern", {"q": [True, "x"]}, "rank_pattern of q has a flag that is 'x', not true or false"),
+        ("rank_pattern", {"p": [True], "q": [1]}, "rank_pattern of q has a flag that is 1, not true or false"),
+        # Long ones are cut.
+        ("target_r", [0] * 9, "target_r is [0, 0, 0, 0, 0, 0, ...], not a whole number"),
+    ],
+)
+def test_setting_of_a_wrong_kind(saved: Path, inspect: Inspect, setting: str, value: object, said: str) -> None:
+    change(saved, **{setting: value})
+    assert inspect(saved) == (2, "", f"peft-gradguard: inspect: {saved / CONFIG}: its {said}\n")
+
+
+@pytest.mark.parametrize("to_save", [None, [], ["classifier"]])
+def test_modules_to_save_or_none(saved: Path, to_save: list[str] | None) -> None:
+    change(saved, modules_to_save=to_save)
+    assert len(by_name(saved)) == 6
 
 
 def test_hub_id(inspect: Inspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
