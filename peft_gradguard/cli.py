@@ -87,7 +87,10 @@ def inspect(path: str, adapter: str | None, picture: str | None, as_json: bool) 
         problems += damaged
         if report.adapters:
             if picture is not None:
-                report.plot(picture, adapter=adapter)
+                if len(report.adapters) > 1:
+                    names = ", ".join(repr(found.adapter) for found in report.adapters)
+                    raise ValueError(f"--plot draws one adapter: give --adapter NAME, one of {names}")
+                report.plot(picture)
             print(report.to_json(indent=2) if as_json else report)
     except (SavedAdapterError, ValueError, ImportError, OSError) as error:
         problems.append(error)

@@ -207,9 +207,11 @@ def test_several_adapters(tmp_path: Path, inspect: Inspect) -> None:
     code, _, err = inspect(tmp_path, "--adapter", "third")
     assert code == 2
     assert "there is no adapter 'third' in it, only 'default', 'other'" in err
-    code, _, err = inspect(tmp_path, "--plot", tmp_path / "ranks.png")
-    assert code == 2
-    assert "'default', 'other'" in err
+    said = "peft-gradguard: inspect: --plot draws one adapter: give --adapter NAME, one of 'default', 'other'\n"
+    assert inspect(tmp_path, "--plot", tmp_path / "ranks.png") == (2, "", said)
+    assert not (tmp_path / "ranks.png").exists()
+    assert inspect(tmp_path, "--plot", tmp_path / "ranks.png", "--adapter", "other")[::2] == (0, "")
+    assert (tmp_path / "ranks.png").exists()
 
 
 def test_adapters_of_other_methods_beside_it_are_left_out(saved: Path, inspect: Inspect) -> None:
