@@ -54,12 +54,17 @@ def guarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def run(command: list[str], environ: dict[str, str]) -> int:
     """Become this command. Returns only where that is not possible."""
+    if not command[0]:
+        return _fail("'': command not found", NOT_FOUND)
     try:
         _become(command, environ)
     except FileNotFoundError:
         return _fail(f"{command[0]}: command not found", NOT_FOUND)
     except OSError as error:
         return _fail(f"{command[0]}: {error.strerror}", CANNOT_RUN)
+    except ValueError as error:
+        # A null character, which no argument of a process can hold.
+        return _fail(f"{command[0]!r}: {error}", CANNOT_RUN)
 
 
 def _become(command: list[str], environ: dict[str, str]) -> NoReturn:

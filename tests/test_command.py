@@ -113,6 +113,26 @@ def test_command_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr() == ("", f"peft-gradguard: {tmp_path}: Permission denied\n")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the words of POSIX")
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ([""], 127, "'': command not found\n"),
+        (["--", "", "argument"], 127, "'': command not found\n"),
+        (["a\0b"], 126, r"'a\x00b': "),
+        (["sh", "a\0b"], 126, "'sh': embedded null "),
+    ],
+)
+def test_command_that_no_process_can_have(
+    command: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", *command]) == status
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"peft-gradguard: {said}")
+
+
 def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["peft_gradguard", "inspect", "no-such-folder"])
     with pytest.raises(SystemExit) as error:
