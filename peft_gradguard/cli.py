@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import NoReturn
 
+    from .reports import Report
+
 AUTOLOAD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "autoload")
 """The folder whose ``sitecustomize`` loads the guard where the ``.pth`` file is not read."""
 
@@ -24,7 +26,7 @@ CANNOT_RUN, NOT_FOUND = 126, 127
 """The exit statuses of a shell."""
 
 FAILED = 2
-"""The exit status of ``inspect`` where something could not be shown."""
+"""The exit status of ``inspect`` and ``status`` where something could not be shown."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(command, guarded_environment(os.environ))
     if options.action == "inspect":
         return inspect(options.path, options.adapter, options.plot, as_json=options.json)
-    from .status import report
-
-    return report(as_json=options.json)
+    return status(as_json=options.json)
 
 
 def guarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -82,6 +82,18 @@ def _become(command: list[str], environ: dict[str, str]) -> NoReturn:
     os.execvpe(command[0], command, environ)
 
 
+def status(as_json: bool) -> int:
+    """Print whether the guard is on, and why (not)."""
+    from .status import report
+
+    text, exit_status = report(as_json)
+    try:
+        show(text)
+    except OSError as error:
+        return _fail(f"status: {error}", FAILED)
+    return exit_status
+
+
 def inspect(path: str, adapter: str | None, picture: str | None, as_json: bool) -> int:
     """Print the report of a saved adapter, and draw it where a file for the picture is given."""
     from .saved import SavedAdapterError, read_undamaged
@@ -92,16 +104,38 @@ def inspect(path: str, adapter: str | None, picture: str | None, as_json: bool) 
         problems += damaged
         if report.adapters:
             if picture is not None:
-                if len(report.adapters) > 1:
-                    names = ", ".join(repr(found.adapter) for found in report.adapters)
-                    raise ValueError(f"--plot draws one adapter: give --adapter NAME, one of {names}")
-                report.plot(picture)
-            print(report.to_json(indent=2) if as_json else report)
+                _draw(report, picture)
+            show(report.to_json(indent=2) if as_json else str(report))
     except (SavedAdapterError, ValueError, ImportError, OSError) as error:
         problems.append(error)
     for problem in problems:
         _fail(f"inspect: {' '.join(str(problem).splitlines())}", FAILED)
     return FAILED if problems else 0
+
+
+def _draw(report: Report, picture: str) -> None:
+    if len(report.adapters) > 1:
+        names = ", ".join(repr(found.adapter) for found in report.adapters)
+        raise ValueError(f"--plot draws one adapter: give --adapter NAME, one of {names}")
+    report.plot(picture)
+
+
+def show(text: str) -> None:
+    """Print this, with escapes for characters that stdout does not know; ``OSError`` where it cannot be written.
+
+    A reader who has gone, as ``head`` goes, is no error.
+    """
+    try:
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:
+            encoding = sys.stdout.encoding
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        # The interpreter flushes once more at its end. What is left would fail again then, with an exit status of 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(f"stdout: {error.strerror}") from error
 
 
 def _fail(message: str, status: int) -> int:
