@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import NoReturn
 
+    from .reports import Report
+
 AUTOLOAD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "autoload")
 """The folder whose ``sitecustomize`` loads the guard where the ``.pth`` file is not read."""
 
@@ -24,7 +26,7 @@ CANNOT_RUN, NOT_FOUND = 126, 127
 """The exit statuses of a shell."""
 
 FAILED = 2
-"""The exit status of ``inspect`` where there is nothing to show."""
+"""The exit status of ``inspect`` and ``status`` where something could not be shown."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(command, guarded_environment(os.environ))
     if options.action == "inspect":
         return inspect(options.path, options.adapter, options.plot, as_json=options.json)
-    from .status import report
-
-    return report(as_json=options.json)
+    return status(as_json=options.json)
 
 
 def guarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -54,12 +54,17 @@ def guarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def run(command: list[str], environ: dict[str, str]) -> int:
     """Become this command. Returns only where that is not possible."""
+    if not command[0]:
+        return _fail("'': command not found", NOT_FOUND)
     try:
         _become(command, environ)
     except FileNotFoundError:
         return _fail(f"{command[0]}: command not found", NOT_FOUND)
     except OSError as error:
         return _fail(f"{command[0]}: {error.strerror}", CANNOT_RUN)
+    except ValueError as error:
+        # A null character, which no argument of a process can hold.
+        return _fail(f"{command[0]!r}: {error}", CANNOT_RUN)
 
 
 def _become(command: list[str], environ: dict[str, str]) -> NoReturn:
@@ -77,18 +82,60 @@ def _become(command: list[str], environ: dict[str, str]) -> NoReturn:
     os.execvpe(command[0], command, environ)
 
 
+def status(as_json: bool) -> int:
+    """Print whether the guard is on, and why (not)."""
+    from .status import report
+
+    text, exit_status = report(as_json)
+    try:
+        show(text)
+    except OSError as error:
+        return _fail(f"status: {error}", FAILED)
+    return exit_status
+
+
 def inspect(path: str, adapter: str | None, picture: str | None, as_json: bool) -> int:
     """Print the report of a saved adapter, and draw it where a file for the picture is given."""
-    from .saved import SavedAdapterError, read
+    from .saved import SavedAdapterError, read_undamaged
 
+    problems: list[Exception] = []
     try:
-        report = read(path, adapter)
-        if picture is not None:
-            report.plot(picture, adapter=adapter)
+        report, damaged = read_undamaged(path, adapter)
+        problems += damaged
+        if report.adapters:
+            if picture is not None:
+                _draw(report, picture)
+            show(report.to_json(indent=2) if as_json else str(report))
     except (SavedAdapterError, ValueError, ImportError, OSError) as error:
-        return _fail(f"inspect: {error}", FAILED)
-    print(report.to_json(indent=2) if as_json else report)
-    return 0
+        problems.append(error)
+    for problem in problems:
+        _fail(f"inspect: {' '.join(str(problem).splitlines())}", FAILED)
+    return FAILED if problems else 0
+
+
+def _draw(report: Report, picture: str) -> None:
+    if len(report.adapters) > 1:
+        names = ", ".join(repr(found.adapter) for found in report.adapters)
+        raise ValueError(f"--plot draws one adapter: give --adapter NAME, one of {names}")
+    report.plot(picture)
+
+
+def show(text: str) -> None:
+    """Print this, with escapes for characters that stdout does not know; ``OSError`` where it cannot be written.
+
+    A reader who has gone, as ``head`` goes, is no error.
+    """
+    try:
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:
+            encoding = sys.stdout.encoding
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        # The interpreter flushes once more at its end. What is left would fail again then, with an exit status of 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(f"stdout: {error.strerror}") from error
 
 
 def _fail(message: str, status: int) -> int:
@@ -118,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="show which ranks a saved adapter has kept, without its model",
         description="Show which ranks a saved AdaLoRA adapter has kept, module by module. Needs only the folder that "
-        "save_pretrained wrote, and no model. Exit status: 0, or 2 where there is no such adapter.",
+        "save_pretrained wrote, and no model. Exit status: 0, or 2 where there is none, or a damaged one.",
     )
     inspect.add_argument("path", metavar="PATH", help="the folder with adapter_config.json")
     inspect.add_argument("--adapter", metavar="NAME", help="only this one of the adapters in the folder")

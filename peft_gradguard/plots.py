@@ -17,7 +17,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import Normalize, to_rgba
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch, Polygon, Rectangle
@@ -223,10 +223,12 @@ def _draw_cell(
     size: float,
 ) -> None:
     ink = _ink(colour)
+    # Not (ink, 0.6): matplotlib before 3.8 does not know a colour by such a pair.
+    faint = to_rgba(ink, 0.6)
     hatch = None if module.ranked else hatches[module.reason]
     left, bottom, right, top = x - HALF, y - HALF, x + HALF, y + HALF
     axes.add_patch(
-        Rectangle((left, bottom), 2 * HALF, 2 * HALF, facecolor=colour, edgecolor=(ink, 0.6), hatch=hatch, linewidth=0)
+        Rectangle((left, bottom), 2 * HALF, 2 * HALF, facecolor=colour, edgecolor=faint, hatch=hatch, linewidth=0)
     )
     if module.ranked and module.reason:
         corner = [(right - 0.25, top), (right, top), (right, top - 0.33)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +13,6 @@ from .parameters import INSIDE_MODULES_TO_SAVE
 from .reports import AdapterReport, ModuleReport, ParameterReport, Report
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable
 
     from .parameters import Factor
@@ -33,6 +34,10 @@ class SavedAdapterError(Exception):
     """What is wrong with the folder, in one sentence, with what to do."""
 
 
+class OtherMethodError(SavedAdapterError):
+    """An adapter, but not one of AdaLoRA."""
+
+
 class Tensor(NamedTuple):
     """One factor of one triplet in the file."""
 
@@ -46,7 +51,19 @@ def read(path: str | os.PathLike[str], adapter: str | None = None) -> Report:
     """Return the report of the AdaLoRA adapters that ``save_pretrained`` left in this folder.
 
     ``adapter``: only this one. Of what a report holds the files tell the shapes, the ranks started with and kept, and
-    what is not ranked; the rest is empty. ``SavedAdapterError`` where the folder does not hold what it should.
+    what is not ranked; the rest is empty. ``SavedAdapterError`` where the folder, or one of the adapters asked for, is
+    not what it should be.
+    """
+    report, damaged = read_undamaged(path, adapter)
+    if damaged:
+        raise damaged[0]
+    return report
+
+
+def read_undamaged(path: str | os.PathLike[str], adapter: str | None = None) -> tuple[Report, list[SavedAdapterError]]:
+    """Return the report of those adapters that can be read, and what is wrong with the others.
+
+    Without any AdaLoRA adapter, damaged or not, a ``SavedAdapterError``.
     """
     found = _folders(Path(path), str(path))
     if adapter is not None:
@@ -54,13 +71,19 @@ def read(path: str | os.PathLike[str], adapter: str | None = None) -> Report:
             raise SavedAdapterError(
                 f"{path}: there is no adapter {adapter!r} in it, only {', '.join(map(repr, found))}"
             )
-        return Report((_adapter(found[adapter], adapter),))
-    reports = [_adapter_or_problem(folder, name) for name, folder in found.items()]
-    adapters = [report for report in reports if isinstance(report, AdapterReport)]
-    if not adapters:
-        raise next(report for report in reports if isinstance(report, SavedAdapterError))
-    # Of several, those that are not AdaLoRA adapters are not what was asked about.
-    return Report(tuple(adapters))
+        found = {adapter: found[adapter]}
+    adapters, damaged, others = [], [], []
+    for name, folder in found.items():
+        try:
+            adapters.append(_adapter(folder, name))
+        except OtherMethodError as error:
+            others.append(error)
+        except SavedAdapterError as error:
+            damaged.append(error)
+    # Beside an AdaLoRA adapter, those of other methods are not what was asked about.
+    if not adapters and not damaged:
+        raise others[0]
+    return Report(tuple(adapters)), damaged
 
 
 def _folders(path: Path, given: str) -> dict[str, Path]:
@@ -73,15 +96,20 @@ def _folders(path: Path, given: str) -> dict[str, Path]:
         )
     if not path.is_dir():
         raise SavedAdapterError(f"{given}: is a file; give the folder that holds it")
-    inside = {folder.name: folder for folder in sorted(path.iterdir()) if (folder / CONFIG).is_file()}
+    inside = {folder.name: folder for folder in sorted(path.iterdir()) if _holds_adapter(folder)}
     checkpoints = [name for name in inside if name.startswith("checkpoint-")]
     found = {name: folder for name, folder in inside.items() if name not in checkpoints}
-    if (path / CONFIG).is_file():
+    if _holds_adapter(path):
         found = {DEFAULT: path, **found}
     if not found:
         hint = f"; give one of the folders inside of it: {', '.join(checkpoints)}" if checkpoints else ""
         raise SavedAdapterError(f"{given}: is not a saved adapter, it has no {CONFIG}{hint}")
     return found
+
+
+def _holds_adapter(folder: Path) -> bool:
+    # Path.is_file would raise for a folder that may not be read, before Python 3.14.
+    return os.path.isfile(folder / CONFIG)
 
 
 def _adapter(folder: Path, name: str) -> AdapterReport:
@@ -135,24 +163,27 @@ def _adapter(folder: Path, name: str) -> AdapterReport:
     )
 
 
-def _adapter_or_problem(folder: Path, name: str) -> AdapterReport | SavedAdapterError:
-    try:
-        return _adapter(folder, name)
-    except SavedAdapterError as error:
-        return error
-
-
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    # A RecursionError: thousands of brackets, one in another.
+    except (OSError, ValueError, RecursionError) as error:
         raise SavedAdapterError(f"{folder / CONFIG}: cannot be read ({error})") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind is None:
+    if not isinstance(kind, str):
         raise SavedAdapterError(f"{folder / CONFIG}: is not a PEFT configuration, it names no peft_type")
     if kind != "ADALORA":
-        raise SavedAdapterError(f"{folder}: holds a {kind} adapter, not an AdaLoRA one")
+        raise OtherMethodError(f"{folder}: holds a {kind} adapter, not an AdaLoRA one")
+    if type(config.get("target_r", 0)) is not int:
+        raise _unexpected(folder, "target_r", config["target_r"], "a whole number")
+    to_save = config.get("modules_to_save")
+    if to_save is not None and not (isinstance(to_save, list) and all(isinstance(name, str) for name in to_save)):
+        raise _unexpected(folder, "modules_to_save", to_save, "a list of names")
     return dict(config)
+
+
+def _unexpected(folder: Path, setting: str, value: object, expected: str) -> SavedAdapterError:
+    return SavedAdapterError(f"{folder / CONFIG}: its {setting} is {reprlib.repr(value)}, not {expected}")
 
 
 def _shapes(folder: Path) -> Shapes:
@@ -195,10 +226,15 @@ def _tensors(shapes: Shapes) -> list[Tensor]:
 def _pattern(folder: Path, config: dict[str, Any]) -> dict[str, list[bool]]:
     """Return ``rank_pattern`` by module: its names end with ``.lora_E``, and where not cut, with the adapter."""
     pattern = config.get("rank_pattern") or {}
-    if not isinstance(pattern, dict) or not all(isinstance(flags, list) for flags in pattern.values()):
-        raise SavedAdapterError(
-            f"{folder / CONFIG}: its rank_pattern is not AdaLoRA's, a list of flags for each module"
-        )
+    if not isinstance(pattern, dict):
+        raise _unexpected(folder, "rank_pattern", pattern, "a list of flags for each module")
+    for name, flags in pattern.items():
+        # LoRA's rank_pattern has a number here.
+        if not isinstance(flags, list):
+            raise _unexpected(folder, f"rank_pattern of {name}", flags, "a list of flags")
+        for flag in flags:
+            if not isinstance(flag, bool):
+                raise _unexpected(folder, f"rank_pattern of {name} has a flag that", flag, "true or false")
     return {name.partition(".lora_E")[0]: flags for name, flags in pattern.items()}
 
 

@@ -42,11 +42,10 @@ class Status:
     """By package, and python; None for what is not installed."""
 
 
-def report(as_json: bool) -> int:
-    """Print the status, and return the exit status: 0 on, 1 off, 2 on but not applied."""
+def report(as_json: bool) -> tuple[str, int]:
+    """Return what to print, and the exit status: 0 on, 1 off, 2 on but not applied."""
     status = find_status()
-    print(json.dumps(asdict(status), indent=2) if as_json else in_words(status))
-    return EXIT_STATUS[status.state]
+    return json.dumps(asdict(status), indent=2) if as_json else in_words(status), EXIT_STATUS[status.state]
 
 
 def find_status() -> Status:

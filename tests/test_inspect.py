@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from scenarios import INIT_R, LINEARS, PEFT_VERSION, TARGET_R, adalora_config, b
 from scenarios import train as train_scenario
 
 from peft_gradguard import cli
-from peft_gradguard.saved import read
+from peft_gradguard.saved import SavedAdapterError, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -206,9 +207,11 @@ def test_several_adapters(tmp_path: Path, inspect: Inspect) -> None:
     code, _, err = inspect(tmp_path, "--adapter", "third")
     assert code == 2
     assert "there is no adapter 'third' in it, only 'default', 'other'" in err
-    code, _, err = inspect(tmp_path, "--plot", tmp_path / "ranks.png")
-    assert code == 2
-    assert "'default', 'other'" in err
+    said = "peft-gradguard: inspect: --plot draws one adapter: give --adapter NAME, one of 'default', 'other'\n"
+    assert inspect(tmp_path, "--plot", tmp_path / "ranks.png") == (2, "", said)
+    assert not (tmp_path / "ranks.png").exists()
+    assert inspect(tmp_path, "--plot", tmp_path / "ranks.png", "--adapter", "other")[::2] == (0, "")
+    assert (tmp_path / "ranks.png").exists()
 
 
 def test_adapters_of_other_methods_beside_it_are_left_out(saved: Path, inspect: Inspect) -> None:
@@ -221,6 +224,89 @@ def test_adapters_of_other_methods_beside_it_are_left_out(saved: Path, inspect: 
         "",
         f"peft-gradguard: inspect: {saved / 'other'}: holds a LORA adapter, not an AdaLoRA one\n",
     )
+
+
+@pytest.fixture
+def two(saved: Path) -> Path:
+    """A folder with the adapters "default" and "other", the same one twice."""
+    other = saved.parent / "other"
+    shutil.copytree(saved, other)
+    return Path(shutil.move(other, saved)).parent
+
+
+def without_weights(folder: Path) -> str:
+    (folder / WEIGHTS).unlink()
+    return (
+        f"peft-gradguard: inspect: {folder}: its weights are missing, there is neither {WEIGHTS} nor "
+        "adapter_model.bin\n"
+    )
+
+
+@pytest.mark.parametrize(("whole", "damaged", "folder"), [("default", "other", "other"), ("other", "default", ".")])
+def test_damaged_adapter_beside_a_whole_one(
+    two: Path, inspect: Inspect, tmp_path: Path, whole: str, damaged: str, folder: str
+) -> None:
+    lora(two / "lora")
+    forms: tuple[tuple[str, ...], ...] = ((), ("--json",))
+    expected = [inspect(two, "--adapter", whole, *form)[1] for form in forms]
+    line = without_weights(two / folder)
+    for form, out in zip(forms, expected, strict=True):
+        assert inspect(two, *form) == (2, out, line)
+        assert inspect(two, "--adapter", whole, *form) == (0, out, "")
+        assert inspect(two, "--adapter", damaged, *form) == (2, "", line)
+    assert [adapter.adapter for adapter in read(two, whole).adapters] == [whole]
+    for asked_for in (None, damaged):
+        with pytest.raises(SavedAdapterError, match="its weights are missing"):
+            read(two, asked_for)
+    picture = tmp_path / "ranks.png"
+    assert inspect(two, "--plot", picture) == (2, expected[0], line)
+    assert picture.exists()
+    code, out, err = inspect(two, "--plot", tmp_path / "ranks.pdf")
+    assert (code, out) == (2, "")
+    assert err.startswith(line + "peft-gradguard: inspect: '")
+
+
+def test_all_adapters_are_damaged(two: Path, inspect: Inspect, tmp_path: Path) -> None:
+    lora(two / "lora")
+    lines = without_weights(two) + without_weights(two / "other")
+    assert inspect(two) == inspect(two, "--plot", tmp_path / "ranks.png") == (2, "", lines)
+    with pytest.raises(SavedAdapterError, match=f"^{two}: "):
+        read(two)
+
+
+def test_adapter_of_another_method_is_asked_for(saved: Path, inspect: Inspect) -> None:
+    lora(saved / "other")
+    line = f"peft-gradguard: inspect: {saved / 'other'}: holds a LORA adapter, not an AdaLoRA one\n"
+    assert inspect(saved, "--adapter", "other") == (2, "", line)
+
+
+@pytest.mark.parametrize("hide", [lambda file: file.symlink_to(file.name), lambda file: file.mkdir()])
+def test_no_file_for_a_configuration_beside_an_adapter(saved: Path, hide: Callable[[Path], object]) -> None:
+    (saved / "other").mkdir()
+    hide(saved / "other" / CONFIG)
+    assert [adapter.adapter for adapter in read(saved).adapters] == ["default"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_folder_that_may_not_be_read_beside_an_adapter(two: Path) -> None:
+    # Root may read everything, and reads as somebody else here, from within the folder: pytest's may not be entered.
+    if os.geteuid() == 0:
+        for path in (two, *two.rglob("*")):
+            os.chown(path, 65534, 65534)
+    (two / "other").chmod(0)
+    program = f"""
+import os
+import numpy, safetensors
+from peft_gradguard.saved import read
+os.chdir({str(two)!r})
+if os.geteuid() == 0:
+    os.seteuid(65534)
+assert not os.access("other/{CONFIG}", os.F_OK, effective_ids=True)
+print([adapter.adapter for adapter in read(".").adapters])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    (two / "other").chmod(0o700)
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("['default']\n", "", 0)
 
 
 @pytest.mark.parametrize(("factor", "shape"), [("A", (2, 4)), ("B", (5, 2)), ("E", (2, 1))])
@@ -302,7 +388,9 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no peft_type": (lambda f: change(f, peft_type=None), "is not a PEFT configuration, it names no peft_type"),
     "LoRA": (lora, "holds a LORA adapter, not an AdaLoRA one"),
     "of another kind": (lambda f: change(f, peft_type="A"), "holds a A adapter, not an AdaLoRA one"),
-    "LoRA's rank_pattern": (lambda f: change(f, rank_pattern={"query": 8}), "its rank_pattern is not AdaLoRA's"),
+    "of a name in two lines": (lambda f: change(f, peft_type="A\nB"), "holds a A B adapter, not an AdaLoRA one"),
+    "a number for peft_type": (lambda f: change(f, peft_type=5), "is not a PEFT configuration, it names no peft_type"),
+    "brackets without end": (lambda f: (f / CONFIG).write_text("[" * 200_000), "adapter_config.json: cannot be read ("),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "its weights are missing"),
     "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), f"{WEIGHTS}: is damaged or cannot be read"),
     "cut weights": (
@@ -326,6 +414,36 @@ def test_problem_is_one_line_on_stderr(saved: Path, inspect: Inspect, problem: s
     assert err.count("\n") == 1
     assert err.startswith(f"peft-gradguard: inspect: {saved}")
     assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("target_r", None, "target_r is None, not a whole number"),
+        ("target_r", "2", "target_r is '2', not a whole number"),
+        ("target_r", True, "target_r is True, not a whole number"),
+        ("target_r", 2.0, "target_r is 2.0, not a whole number"),
+        ("modules_to_save", 5, "modules_to_save is 5, not a list of names"),
+        ("modules_to_save", "head", "modules_to_save is 'head', not a list of names"),
+        ("modules_to_save", ["head", None], "modules_to_save is ['head', None], not a list of names"),
+        ("rank_pattern", ["q"], "rank_pattern is ['q'], not a list of flags for each module"),
+        # What LoRA has there.
+        ("rank_pattern", {"q": 8}, "rank_pattern of q is 8, not a list of flags"),
+        ("rank_pattern", {"q": [True, "x"]}, "rank_pattern of q has a flag that is 'x', not true or false"),
+        ("rank_pattern", {"p": [True], "q": [1]}, "rank_pattern of q has a flag that is 1, not true or false"),
+        # Long ones are cut.
+        ("target_r", [0] * 9, "target_r is [0, 0, 0, 0, 0, 0, ...], not a whole number"),
+    ],
+)
+def test_setting_of_a_wrong_kind(saved: Path, inspect: Inspect, setting: str, value: object, said: str) -> None:
+    change(saved, **{setting: value})
+    assert inspect(saved) == (2, "", f"peft-gradguard: inspect: {saved / CONFIG}: its {said}\n")
+
+
+@pytest.mark.parametrize("to_save", [None, [], ["classifier"]])
+def test_modules_to_save_or_none(saved: Path, to_save: list[str] | None) -> None:
+    change(saved, modules_to_save=to_save)
+    assert len(by_name(saved)) == 6
 
 
 def test_hub_id(inspect: Inspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
+from peft_gradguard import plots
 from peft_gradguard.plots import grid_of, plot_history, plot_ranks, row_labels
 from peft_gradguard.reports import AdapterReport, HistoryPoint, ModuleReport, Report
 
@@ -139,6 +140,19 @@ def test_thousands_of_modules_make_a_picture_of_bearable_size() -> None:
     axes = plot_ranks(adapter(stack(2, tuple(f"experts.w{number}" for number in range(1000)))))
     assert max(axes.figure.get_size_inches()) < 45
     assert not axes.texts
+
+
+def test_colours_are_what_matplotlib_before_3_8_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = []
+
+    class Recording(Rectangle):
+        def __init__(self, *arguments: Any, edgecolor: Any, **more: Any) -> None:
+            edges.append(edgecolor)
+            super().__init__(*arguments, edgecolor=edgecolor, **more)
+
+    monkeypatch.setattr(plots, "Rectangle", Recording)
+    plot_ranks(adapter([module("layers.0.q", 0), module("layers.1.q", STARTED)]))
+    assert edges == [(1, 1, 1, 0.6), (0, 0, 0, 0.6)]
 
 
 def test_what_is_not_ranked_is_hatched_by_reason() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from importlib import metadata
 from types import ModuleType
@@ -209,6 +210,37 @@ def test_exit_status_and_forms(
     assert said["versions"] == {"python": "3", "torch": None}
     assert cli.main(["status"]) == exit_status
     assert capsys.readouterr().out.startswith(f"peft_gradguard is {state}: ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+@pytest.mark.parametrize(("switch", "exit_status"), [("1", 2), ("0", 1)])
+def test_reader_who_has_gone(
+    switch: str,
+    exit_status: int,
+    ask: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PEFT_GRADGUARD", switch)
+    ask("")
+    reader, writer = os.pipe()
+    os.close(reader)
+    # Closing it flushes, as the interpreter does at its end.
+    with open(writer, "w") as pipe, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", pipe)
+        assert cli.main(["status"]) == exit_status
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_full_disk(
+    ask: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask(answer(**found()))
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", full)
+        assert cli.main(["status"]) == 2
+    assert capsys.readouterr() == ("", "peft-gradguard: status: stdout: No space left on device\n")
 
 
 def test_answer_among_other_lines(ask: Callable[[str], None]) -> None:
