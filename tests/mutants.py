@@ -42,7 +42,7 @@ SLOW = 100
 """Seconds from which on a test is left out: a mutant that only it could notice counts as a survivor."""
 
 CORE = "test_parameters test_rules test_oracle test_exclusions test_late_calls test_overflow test_fused test_scenarios"
-START = "test_settings test_status test_command test_autoload test_autoload_real"
+START = "test_settings test_status test_command test_start test_autoload test_autoload_real"
 REPORT = "test_report_texts test_pictures test_report test_plots test_inspect test_callback"
 OUTSIDE = {
     **dict.fromkeys(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 CURRENT = ".".join(map(str, sys.version_info[:2]))
 AUTOLOAD = "peft_gradguard/autoload"
+START = "_peft_gradguard_start.py"
 NOISY = 'print("sitecustomize of the user:", __name__, __import__("sys").modules["sitecustomize"].__file__ == __file__)'
 NOISE = "sitecustomize of the user: sitecustomize True"
 
@@ -104,6 +105,8 @@ def test_value_that_is_not_understood(environment: Environment) -> None:
     assert not seen["guarded"]
     warnings = [line for line in seen["stderr"].splitlines() if "RuntimeWarning" in line]
     assert len(warnings) == 1
+    # The line of the .pth file, which Python runs as a string.
+    assert warnings[0].startswith("<string>:")
     assert "'perhaps'" in warnings[0]
     assert all(word in warnings[0] for word in (*ON, *OFF))
 
@@ -270,11 +273,22 @@ def test_damage_gives_one_line(damage: str, way: str, version: str, tmp_path: Pa
     path = paths(site / AUTOLOAD, site, users) if way == "sitecustomize" else str(site)
     # site.addsitedir reads .pth files as Python does at its start.
     begin = f"import site; site.addsitedir({str(site)!r})\n" if way == ".pth" else ""
+    # As transformers asks whether PEFT is there.
+    begin += "import importlib.util; importlib.util.find_spec('peft')\n"
     ran = run(python(version), "-c", f"{begin}import peft; print('runs')", PEFT_GRADGUARD="1", PYTHONPATH=path)
     assert ran.returncode == 0
     assert ran.stdout == ("users\nruns\n" if way == "sitecustomize" else "runs\n")
-    assert len(ran.stderr.splitlines()) == 1
-    assert ran.stderr.startswith("peft_gradguard: ")
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("peft_gradguard: ")
+    assert line.endswith(
+        {
+            "wrapt is missing": "unguarded (ModuleNotFoundError: No module named 'wrapt')",
+            "wrapt is broken": "unguarded (OSError: broken)",
+            "start": f"there is no {site / AUTOLOAD / START} and no {site / AUTOLOAD}/../../{START}')"
+            if way == "sitecustomize"
+            else f'No module named {START.removesuffix(".py")!r}")',
+        }.get(damage, ")")
+    )
 
 
 def test_pass_is_never_stopped_by_damage(version: str, tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ def wait_for_peft() -> "set[str]":
         from importlib.util import module_from_spec, spec_from_file_location
 
         files = [os.path.join(folder, "_peft_gradguard_start.py") for folder in (HERE, f"{HERE}/../..")]
-        spec = spec_from_file_location("_peft_gradguard_start", next(filter(os.path.exists, files), files[-1]))
+        spec = spec_from_file_location("_peft_gradguard_start", next(filter(os.path.exists, files), ""))
+        # There is none for a file without a name.
         if spec is None or spec.loader is None:
-            raise ImportError(files[-1])
+            raise ImportError(f"there is no {' and no '.join(files)}")
         start = module_from_spec(spec)
         spec.loader.exec_module(start)
         sys.modules["_peft_gradguard_start"] = start
@@ -54,9 +55,9 @@ def run_next_sitecustomize(chained: "set[str]") -> None:
 
 def path_after(folder: str) -> "list[str]":
     """Return the part of ``sys.path`` after this folder, without it: it can be there twice."""
-    same = [os.path.abspath(entry) == folder for entry in sys.path]
-    first = same.index(True) + 1 if True in same else 0
-    return [entry for entry, ours in zip(sys.path[first:], same[first:], strict=True) if not ours]
+    ours = [os.path.abspath(entry) == folder for entry in sys.path]
+    first = ours.index(True) if True in ours else 0
+    return [entry for entry, skipped in zip(sys.path[first:], ours[first:], strict=True) if not skipped]
 
 
 try:
