@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .counts import note_step
 from .exclusions import warn_of_unmatched
 from .fused import score
-from .ranking import name_missed_finalising_step, pattern_by_full_name, rank
+from .ranking import name_missed_finalising_step, name_pruned_adapter, pattern_by_full_name, rank
 from .replaced import is_own, name_replaced_methods
 from .scoring import scoring, scoring_is_due, stop_keeping_gradients
 from .shards import keep_masks
@@ -136,8 +136,11 @@ def _set_budget_scheduler(
 def _call(allocator: RankAllocator, model: torch.nn.Module, step: int) -> Iterator[ModelView]:
     """Remember view and step for the methods that PEFT calls from ``update_and_allocate``, and only so long."""
     memory = memory_of(allocator)
+    first = not memory.called
     note_call(memory)
     view = _view(allocator, model)
+    if first:
+        name_pruned_adapter(allocator, view)
     before = memory.view, memory.step
     memory.view, memory.step = view, step
     try:

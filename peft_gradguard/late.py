@@ -9,7 +9,7 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from .optimizers import after_steps, before_steps, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -57,22 +57,22 @@ class KeptGradients:
         self._step_seen = False
         this = weakref.ref(self)
         self._handles: list[Any] = [
-            register_optimizer_step_pre_hook(lambda *step: _in_step(this, step, before=True)),
-            register_optimizer_step_post_hook(lambda *step: _in_step(this, step, before=False)),
+            before_steps(lambda *step: _in_step(this, step, before=True)),
+            after_steps(lambda *step: _in_step(this, step, before=False)),
         ]
         self._backward_handles: list[Any] = [
             parameter.parameter.register_hook(lambda _: _in_backward(this))  # type: ignore[no-untyped-call]
             for parameter in parameters
             if parameter.parameter.requires_grad
         ]
-        weakref.finalize(self, _remove, self._handles)
-        weakref.finalize(self, _remove, self._backward_handles)
+        weakref.finalize(self, remove, self._handles)
+        weakref.finalize(self, remove, self._backward_handles)
 
     def watch(self, parameters: Iterable[AdaLoraParameter], backward: bool) -> None:
         """Keep these parameters' gradients from now on; ``backward``: see whether any come at all."""
         self._parameters = {parameter.name: weakref.ref(parameter.parameter) for parameter in parameters}
         if not backward:
-            _remove(self._backward_handles)
+            remove(self._backward_handles)
 
     def step_was_left_out(self) -> bool:
         """Say whether, since the last call, gradients came but no optimizer used them: a ``GradScaler``'s overflow."""
@@ -125,8 +125,8 @@ class KeptGradients:
     def close(self) -> None:
         """Keep nothing any more."""
         self._kept.clear()
-        _remove(self._handles)
-        _remove(self._backward_handles)
+        remove(self._handles)
+        remove(self._backward_handles)
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
         self._step_seen = True
@@ -151,8 +151,3 @@ def _in_backward(this: weakref.ref[KeptGradients]) -> None:
     kept = this()
     if kept is not None:
         kept._backward_seen = True
-
-
-def _remove(handles: list[Any]) -> None:
-    while handles:
-        handles.pop().remove()

@@ -47,6 +47,23 @@ def _log_modules_to_save(allocator: RankAllocator, view: ModelView) -> None:
                 memory.skip(parameter.name, INSIDE_MODULES_TO_SAVE)
 
 
+def name_pruned_adapter(allocator: RankAllocator, view: ModelView) -> None:
+    """Warn where fewer ranks are there than PEFT has counted: it counts before it cuts an adapter that it loads."""
+    energies = {p.name.replace("lora_E", "%s"): p.parameter for p in view.adalora_parameters if p.factor == "E"}
+    ranks = sum(len(energies[name]) for name in allocator.name_set if name in energies)
+    if len(energies) == len(allocator.name_set) and ranks < allocator.init_bgt:
+        memory_of(allocator).warn_once(
+            "pruned",
+            "AdaLoRA's adapter %r was loaded with %d ranks, but its budget begins at %d, as PEFT counted it before it "
+            "cut the tensors. So update_and_allocate prunes too many ranks, or fails in torch.kthvalue, and PEFT "
+            "cannot load what is saved after it. To train these ranks on, leave out the calls; to allocate ranks anew, "
+            "train a fresh adapter.",
+            allocator.adapter_name,
+            ranks,
+            allocator.init_bgt,
+        )
+
+
 def name_missed_finalising_step(allocator: RankAllocator, rank_pattern: RankPattern | None) -> None:
     """Warn where the final phase begins without its first step: PEFT forgets all scores there, and here are some."""
     if allocator.exp_avg_ipt:

@@ -13,6 +13,7 @@ from .log import say
 
 if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
+    from torch.utils.hooks import RemovableHandle
 
     from .fused import Trust
     from .late import KeptGradients
@@ -39,6 +40,8 @@ class Memory:
         """Whether the allocator was ever called."""
         self.watched = False
         """Whether it will be seen, at the allocator's end, if it was called."""
+        self.until_called: list[RemovableHandle] = []
+        """What watches the optimizers until the allocator is called."""
         self.counts = Counts()
         self.judged: set[str] = set()
         """The patterns of ``exclude`` that were looked at for whether they match anything."""

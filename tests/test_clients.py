@@ -347,7 +347,7 @@ count()
 print(counts)
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout == "[1, 1, 0, 1, 0]\n"
+    assert found.stdout == "[2, 1, 0, 1, 0]\n"
 
 
 @pytest.mark.parametrize(("steps", "warned"), [(0, False), (TOTAL, True)])

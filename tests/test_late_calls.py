@@ -234,6 +234,39 @@ def test_model_that_goes_away_leaves_nothing_behind(hooks: dict[int, Any]) -> No
     assert not hooks
 
 
+class Collecting(list[Any]):
+    """Parameter groups that bring a garbage collection on whoever looks at them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        gc.collect()
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_model_that_goes_away_amid_the_hooks_of_another_one(steps: int, hooks: dict[int, Any]) -> None:
+    gc.disable()
+    try:
+        gone, model = build(branches()), build(branches())
+        for one, count in ((gone, steps), (model, 1)):
+            optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+            for step in range(1, count + 1):
+                late_step(one, optimizer, step)
+        alive = weakref.ref(gone.base_model.rankallocator)
+        gone.holder = [gone]
+        del gone, one
+        optimizer.param_groups = Collecting(optimizer.param_groups)
+        loss_of(model, vectors(2), False).backward()
+        assert alive() is not None
+        optimizer.step()
+        assert alive() is None
+        model.base_model.update_and_allocate(2)
+        # Those that could not go meanwhile have gone with the next ones.
+        model.base_model.update_and_allocate(FINALISING)
+        assert not hooks
+    finally:
+        gc.enable()
+
+
 def test_unused_branch_keeps_its_scores_in_a_late_loop(model: peft.PeftModel, optimizer: torch.optim.Optimizer) -> None:
     late_step(model, optimizer, 1)
     late_step(model, optimizer, 2)
