@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .exclusions import PEFT_PREFIX, unmatched_patterns
 from .overlap import cannot_reload_overlap
-from .parameters import triplets
+from .parameters import ranked_triplets, triplets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
 
     from .parameters import AdaLoraParameter, Triplet
+    from .reports import ModuleReport
 
 
 def advice(
@@ -24,6 +25,7 @@ def advice(
     parameters: list[AdaLoraParameter],
     inside: set[str],
     allocator: RankAllocator | None,
+    modules: tuple[ModuleReport, ...],
 ) -> tuple[str, ...]:
     """Return what to change about this adapter; nothing for one that is only used (it has no allocator)."""
     if allocator is None:
@@ -34,6 +36,7 @@ def advice(
         *_names(adapter, adapters, [p.module for p in parameters if p.module not in inside]),
         *_trainable(adapter, parameters),
         *_schedule(config),
+        *_pruned_before(config, allocator, parameters, modules),
         *_exclusions(parameters),
     )
 
@@ -128,6 +131,35 @@ def _schedule(config: AdaLoraConfig) -> Iterator[str]:
             f"tinit={config.tinit} and tfinal={config.tfinal} leave none of the total_step={total} steps for pruning. "
             "Set total_step to the number of optimizer steps of the whole training, or lower tinit or tfinal."
         )
+
+
+def _pruned_before(
+    config: AdaLoraConfig,
+    allocator: RankAllocator,
+    parameters: list[AdaLoraParameter],
+    modules: tuple[ModuleReport, ...],
+) -> Iterator[str]:
+    """PEFT counts the budget of an adapter that it loads before it cuts the tensors to the pattern loaded with it."""
+    rows = {f"{module.name}.%s.{allocator.adapter_name}": module.rows for module in modules}
+    counted = list(allocator.name_set)
+    # Names that are not this adapter's (PEFT's substring test) are advised of elsewhere.
+    if not rows.keys() >= set(counted) or sum(rows[name] for name in counted) >= allocator.init_bgt:
+        return
+    there = sum(rows[name] for name in counted)
+    ranks, init, target = there, allocator.init_bgt, allocator.target_bgt
+    ranked = sorted(t.A.name.replace("lora_A", "%s") for t in ranked_triplets(parameters, {p.name for p in parameters}))
+    if ranked != counted:
+        # Then the guard lets PEFT count anew.
+        ranks = init = sum(rows[name] for name in ranked)
+        target = config.target_r * len(ranked)
+    pruned = init - target
+    will = f"leave {ranks - pruned} of {ranks} ranks" if 0 < pruned <= ranks else "fail in torch.kthvalue"
+    yield (
+        f"This adapter was loaded with {there} ranks, but its budget begins at {allocator.init_bgt}: PEFT counted it "
+        f"before it cut the tensors. update_and_allocate will {will}, and PEFT cannot load what is saved after it. To "
+        "train these ranks on, never call update_and_allocate (no AdaLoraCallback either); to allocate ranks anew, "
+        "train a fresh adapter, for example on model.merge_and_unload()."
+    )
 
 
 def _exclusions(parameters: list[AdaLoraParameter]) -> Iterator[str]:

@@ -132,7 +132,9 @@ def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
         target_budget=target,
         unranked_ranks=sum(module.rank_kept for module in modules if not module.ranked),
         modules=modules,
-        advice=advice(look.config, adapter, tuple(tuner.peft_config), look.parameters, look.inside, look.allocator),
+        advice=advice(
+            look.config, adapter, tuple(tuner.peft_config), look.parameters, look.inside, look.allocator, modules
+        ),
         history=tuple(look.counts.history),
     )
 
@@ -241,7 +243,7 @@ def _budget(look: _Look, ranked: list[ModuleReport]) -> tuple[int | None, int | 
     if names == list(allocator.name_set):
         init, target = allocator.init_bgt, allocator.target_bgt
     else:
-        init = sum(module.rank_started for module in ranked)
+        init = sum(module.rows for module in ranked)
         target = look.config.target_r * len(ranked)
     step = look.counts.step
     return init, init if step is None else _scheduled(look.config, step, init, target), target

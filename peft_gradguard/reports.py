@@ -61,6 +61,11 @@ class ModuleReport:
     """
     parameters: tuple[ParameterReport, ...]
 
+    @property
+    def rows(self) -> int:
+        """How many rows its E has: fewer than ``rank_started`` where PEFT has cut them to a loaded pattern."""
+        return next((p.shape[0] for p in self.parameters if p.factor == "E" and p.shape), self.rank_started)
+
 
 class HistoryPoint(NamedTuple):
     """What one allocator step left. Four numbers, so that a history costs next to nothing."""

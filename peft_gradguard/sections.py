@@ -58,9 +58,12 @@ def summary(adapter: AdapterReport) -> list[str]:
         now = "?" if adapter.budget is None else adapter.budget
         if not ranked:
             return [*lines, "nothing is ranked, so nothing is pruned", _scored(adapter, parameters)]
+        rows = sum(module.rows for module in ranked)
+        loaded = not has_begun(adapter) and rows < sum(module.rank_started for module in ranked)
+        only = f", which have only {_number(rows, 'rank')}" if loaded else ""
         lines.append(
-            f"budget of the {len(ranked)} ranked: {adapter.init_budget} at the start, {now} now, "
-            f"{adapter.target_budget} in the end"
+            f"budget of the {len(ranked)} ranked{only}: "
+            f"{adapter.init_budget} at the start, {now} now, {adapter.target_budget} in the end"
         )
         if adapter.unranked_ranks:
             others = _number(len(modules) - len(ranked), "module")
