@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from .layers import place, short_labels
+from .reports import trained
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -88,15 +89,11 @@ def sections(adapter: AdapterReport) -> list[Section]:
 
 def has_begun(adapter: AdapterReport) -> bool:
     """Say whether the report is one of a training under way or done, or of what it left, not an audit before it."""
-    return (
-        adapter.saved
-        or adapter.step is not None
-        or any(
-            parameter.steps_scored or parameter.steps_skipped
-            for module in adapter.modules
-            for parameter in module.parameters
-        )
-    )
+    return adapter.saved or adapter.step is not None or trained(adapter.modules) or _counted(adapter)
+
+
+def _counted(adapter: AdapterReport) -> bool:
+    return any(p.steps_scored or p.steps_skipped for module in adapter.modules for p in module.parameters)
 
 
 def ranges(layers: Iterable[int | None]) -> str:
@@ -121,6 +118,8 @@ def _number(count: int, thing: str) -> str:
 def _scored(adapter: AdapterReport, parameters: Sequence[ParameterReport]) -> str:
     if not has_begun(adapter):
         return "nothing scored yet"
+    if trained(adapter.modules) and not _counted(adapter):
+        return "parameters scored: not counted, for the guard was off"
     always = [p for p in parameters if p.steps_scored and not p.steps_skipped]
     never = [p for p in parameters if not p.steps_scored]
     sometimes = len(parameters) - len(always) - len(never)

@@ -304,7 +304,24 @@ def test_report_without_the_guard_leaves_no_memory() -> None:
         assert known_memory(model.base_model.rankallocator) is None
     assert sum(module.rank_kept for module in adapter.modules) == 4 * TARGET_R
     assert all(module.ranked for module in adapter.modules)
-    assert adapter.step is None
+    assert (adapter.step, adapter.init_budget, adapter.budget) == (None, 4 * INIT_R, None)
+
+
+NOT_COUNTED = "parameters scored: not counted, for the guard was off"
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("last", [1, FIRST_MASKING, FINALISING - 1, FINALISING, TOTAL])
+def test_training_before_the_guard_was_on_is_not_counted(model: peft.PeftModel, last: int) -> None:
+    with peft_gradguard.disabled():
+        assert "nothing scored yet" in str(peft_gradguard.report(model))
+        advance(model, *range(1, last + 1), optimise=True)
+    assert parameters(only(model))["trunk.0.lora_A.default"].steps_scored == 0
+    text = str(peft_gradguard.report(model))
+    assert f"  budget of the 4 ranked: 24 at the start, ? now, 8 in the end\n  {NOT_COUNTED}\n" in text
+    assert "ranks kept\n" in text or "ranks kept  importance\n" in text
+    advance(model, last + 1, optimise=True)
+    assert (NOT_COUNTED in str(peft_gradguard.report(model))) == (last + 1 >= FINALISING)
 
 
 def test_nothing_keeps_the_model_alive(history: None) -> None:

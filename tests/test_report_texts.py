@@ -17,7 +17,7 @@ import pytest
 
 from peft_gradguard import tables
 from peft_gradguard.layers import Place, place, short_labels
-from peft_gradguard.reports import AdapterReport, HistoryPoint, ModuleReport, ParameterReport, Report
+from peft_gradguard.reports import AdapterReport, HistoryPoint, ModuleReport, ParameterReport, Report, trained
 from peft_gradguard.sections import Section, has_begun, ranges, sections
 
 if TYPE_CHECKING:
@@ -377,10 +377,30 @@ def test_ranges(layers: Sequence[int | None], said: str) -> None:
         (True, {"step": 0}, {}),
         (True, {}, {"steps_scored": 1}),
         (True, {}, {"steps_skipped": {"frozen": 1}}),
+        # Pruned to what a loaded pattern kept, and cut to it.
+        (False, {}, {"shape": (3, 1)}),
+        (True, {}, {"shape": (4, 1)}),
+        # Of a piece that does not tell.
+        (True, {}, {"shape": ()}),
     ],
 )
 def test_has_begun(begun: bool, facts: dict[str, Any], every: dict[str, Any]) -> None:
-    assert has_begun(adapter("default", [module("k"), module("q", parts={"E": every})], **facts)) is begun
+    kept = 3 if "shape" in every else 8
+    assert has_begun(adapter("default", [module("k"), module("q", kept, parts={"E": every})], **facts)) is begun
+
+
+@pytest.mark.parametrize(
+    ("tells", "facts"),
+    [
+        (False, {}),
+        (True, {"importance": 0.0}),
+        (True, {"kept": 7}),
+        (False, {"kept": 7, "ranked": False}),
+        (True, {"importance": 0.5, "ranked": False}),
+    ],
+)
+def test_scores_and_pruned_ranks_tell_of_a_training(tells: bool, facts: dict[str, Any]) -> None:
+    assert trained([module("k"), module("q", **facts)]) is tells
 
 
 @pytest.mark.parametrize(

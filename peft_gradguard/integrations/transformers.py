@@ -153,9 +153,11 @@ def _numbers(found: list[AdaLoraModel]) -> dict[str, float]:
         if adapter.adapter == tuner.rankallocator.adapter_name
     ]
     numbers: dict[str, float] = {
-        "adalora/budget": sum(adapter.budget or 0 for adapter in adapters),
         "adalora/total_rank": sum(module.rank_kept for adapter in adapters for module in adapter.modules),
     }
+    budgets = [adapter.budget for adapter in adapters if adapter.budget is not None]
+    if budgets:
+        numbers["adalora/budget"] = sum(budgets)
     memories = [memory for tuner in found if (memory := known_memory(tuner.rankallocator))]
     if memories:
         numbers["adalora/skipped"] = sum(memory.counts.skipped for memory in memories)
