@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .exclusions import PEFT_PREFIX, unmatched_patterns
 from .overlap import cannot_reload_overlap
 from .parameters import ranked_triplets, triplets
+from .reports import trained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,13 +31,17 @@ def advice(
     """Return what to change about this adapter; nothing for one that is only used (it has no allocator)."""
     if allocator is None:
         return ()
+    # PEFT forgets the scores at the finalising step: after it nothing is left that could still be scored.
+    scored = bool(allocator.exp_avg_ipt)
+    over = trained(modules) and not scored
     return (
         *_missing(adapter, parameters),
         *_overlap(inside),
         *_names(adapter, adapters, [p.module for p in parameters if p.module not in inside]),
-        *_trainable(adapter, parameters),
+        *(() if over else _nothing_trainable(adapter, parameters, scored)),
+        *_partly_frozen(parameters),
         *_schedule(config),
-        *_pruned_before(config, allocator, parameters, modules),
+        *(() if over else _pruned_before(config, allocator, parameters, modules)),
         *_exclusions(parameters),
     )
 
@@ -80,13 +85,20 @@ def _names(adapter: str, adapters: tuple[str, ...], modules: list[str]) -> Itera
         )
 
 
-def _trainable(adapter: str, parameters: list[AdaLoraParameter]) -> Iterator[str]:
-    trainable = [parameter for parameter in parameters if parameter.parameter.requires_grad]
-    if parameters and not trainable:
-        yield (
-            f"Nothing is trainable: all {len(parameters)} AdaLoRA parameters are frozen, and update_and_allocate will "
-            f"raise NoGradientError. model.set_adapter({adapter!r}) makes them trainable."
+def _nothing_trainable(adapter: str, parameters: list[AdaLoraParameter], scored: bool) -> Iterator[str]:
+    if parameters and not any(parameter.parameter.requires_grad for parameter in parameters):
+        hurts = (
+            "nothing is scored or pruned as long as they are"
+            if scored
+            else "update_and_allocate will raise NoGradientError"
         )
+        yield (
+            f"Nothing is trainable: all {len(parameters)} AdaLoRA parameters are frozen, and {hurts}. "
+            f"model.set_adapter({adapter!r}) makes them trainable."
+        )
+
+
+def _partly_frozen(parameters: list[AdaLoraParameter]) -> Iterator[str]:
     by_factors: dict[str, list[str]] = {}
     for triplet in triplets(parameters):
         by_factors.setdefault(_trains(triplet), []).append(triplet.E.module)

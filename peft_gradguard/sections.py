@@ -146,13 +146,13 @@ def _labels(kinds: Iterable[str]) -> dict[str, str]:
 
 
 def _left_out(adapter: AdapterReport, kinds: dict[str, str], labels: dict[str, str]) -> list[Section]:
+    begun = has_begun(adapter)
     groups: dict[Left, list[tuple[ModuleReport, list[ParameterReport]]]] = {}
     for module in adapter.modules:
-        for reason, parameters in _reasons(module).items():
+        for reason, parameters in _reasons(module, begun).items():
             factors = "".join(parameter.factor for parameter in parameters)
             group = Left(kinds[module.name], module.ranked, factors, reason)
             groups.setdefault(group, []).append((module, parameters))
-    begun = has_begun(adapter)
     return [
         _left_section(title, begun, labels, {left: found for left, found in groups.items() if left.ranked == ranked})
         for ranked, title in (
@@ -187,7 +187,7 @@ def _left_section(
     return Section(title, head, tuple(rows[:MANY_ROWS]), _more(more, "such group"))
 
 
-def _reasons(module: ModuleReport) -> dict[SkipReason, list[ParameterReport]]:
+def _reasons(module: ModuleReport, begun: bool) -> dict[SkipReason, list[ParameterReport]]:
     """Return why parts of the module are or were left out."""
     if not module.ranked and module.reason == "inside modules_to_save":
         return {module.reason: list(module.parameters)}
@@ -196,7 +196,8 @@ def _reasons(module: ModuleReport) -> dict[SkipReason, list[ParameterReport]]:
         for reason in parameter.steps_skipped:
             found.setdefault(reason, []).append(parameter)
         now: SkipReason | None = "excluded" if parameter.excluded else None if parameter.trainable else "frozen"
-        if now and now not in parameter.steps_skipped:
+        # What is frozen now was left out of nothing yet, but may be why the module is not ranked.
+        if now and now not in parameter.steps_skipped and not (begun and module.ranked):
             found.setdefault(now, []).append(parameter)
     if not module.ranked and module.reason and not found:
         found[module.reason] = list(module.parameters)
@@ -207,7 +208,7 @@ def _times(reason: SkipReason, parameters: Sequence[ParameterReport]) -> tuple[s
     """Return ``3 to 5 of 20``, and the largest share."""
     skipped = [parameter.steps_skipped.get(reason, 0) for parameter in parameters]
     steps = [parameter.steps_scored + sum(parameter.steps_skipped.values()) for parameter in parameters]
-    if not any(skipped):
+    if not any(steps):
         return "", 0.0
     share = max(some / max(every, 1) for some, every in zip(skipped, steps, strict=True))
     return f"{_span(min(skipped), max(skipped), ' to ')} of {max(steps)}", share

@@ -387,6 +387,49 @@ def test_advice(case: str) -> None:
     assert said in advice[0]
 
 
+@pytest.mark.peft
+@pytest.mark.parametrize("how", ["frozen", "another adapter"])
+@pytest.mark.parametrize(
+    ("last", "hurts"),
+    [
+        (0, "update_and_allocate will raise NoGradientError"),
+        (1, "nothing is scored or pruned as long as they are"),
+        (FINALISING - 1, "nothing is scored or pruned as long as they are"),
+        (FINALISING, None),
+        (TOTAL, None),
+    ],
+)
+def test_advice_on_an_adapter_of_which_nothing_trains_any_more(
+    model: peft.PeftModel, last: int, hurts: str | None, how: str
+) -> None:
+    advance(model, *range(1, last + 1), optimise=True)
+    if how == "frozen":
+        frozen()(model, 0)
+    else:
+        add_inference_adapter("other")(model, 0)
+        model.set_adapter("other")
+    adapter = peft_gradguard.report(model).adapters[0]
+    assert adapter.advice == (
+        (
+            f"Nothing is trainable: all 12 AdaLoRA parameters are frozen, and {hurts}. model.set_adapter('default') "
+            "makes them trainable.",
+        )
+        if hurts
+        else ()
+    )
+    text = str(peft_gradguard.report(model))
+    counted = min(last, FINALISING - 1)
+    assert (f"12 at every step; last at step {counted}" in text) == (last > 0)
+    # Not ranked as long as it could be, and not left out of anything.
+    assert (f"frozen  0 of {counted}\n" in text) == (0 < last < FINALISING)
+    assert ("frozen" in text) == (last < FINALISING)
+    if "raise" in (hurts or ""):
+        with pytest.raises(peft_gradguard.NoGradientError):
+            model.base_model.update_and_allocate(1)
+    else:
+        model.base_model.update_and_allocate(last + 1)
+
+
 def test_advice_on_steps_that_cannot_fit(model: peft.PeftModel) -> None:
     config = model.peft_config["default"]
     for total in (TINIT + TFINAL, TINIT + TFINAL - 1):
