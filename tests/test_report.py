@@ -402,6 +402,8 @@ def test_advice(case: str) -> None:
 def test_advice_on_an_adapter_of_which_nothing_trains_any_more(
     model: peft.PeftModel, last: int, hurts: str | None, how: str
 ) -> None:
+    if how != "frozen" and PEFT_VERSION < (0, 6):
+        pytest.skip("PEFT 0.5 freezes no adapter for another one")
     advance(model, *range(1, last + 1), optimise=True)
     if how == "frozen":
         frozen()(model, 0)

@@ -252,6 +252,34 @@ def many() -> Report:
     )
 
 
+def merged() -> Report:
+    frozen: dict[str, Any] = {"ranked": False, "reason": "frozen", "every": {**FROZEN, **scored(0, frozen=9)}}
+    always = {"every": scored(9)}
+
+    def numbered(count: int, *of: int) -> list[ModuleReport]:
+        return [
+            module(f"fc{n}", *(() if n in of else (n % 8,)), **(frozen if n in of else always)) for n in range(count)
+        ]
+
+    experts = [
+        module(f"layers.{layer}.experts.{n}.w", 8 - layer, **(frozen if (layer, n) in ((0, 3), (1, 5)) else always))
+        for layer in (0, 1)
+        for n in range(16)
+    ]
+    silent = scored(4, no_gradient=5)
+    return Report(
+        (
+            adapter("16 kinds", numbered(16, 3, 7), step=9),
+            adapter("17 kinds, two frozen", [*numbered(17, 3, 7), module("head2", 4, **always)], step=9),
+            adapter("17 kinds, one frozen", numbered(17, 3), step=9),
+            adapter("17 kinds, all frozen", numbered(17, *range(17)), step=9),
+            adapter("some frozen and all the others", [*numbered(17, 3, 7), module("head2", **frozen)], step=9),
+            adapter("all frozen and all the others", [*numbered(17, *range(17)), module("head2", **frozen)], step=9),
+            adapter("experts", [*experts, module("layers.0.gate", every=silent), module("score", 3, **always)], step=9),
+        )
+    )
+
+
 LONG = (
     "transformer_block_with_a_name.grouped_query_attention.query_key_value_projection_of_the_model",
     "transformer_block_with_a_name.another_feed_forward.query_key_value_projection_of_the_model",
@@ -294,6 +322,7 @@ TEXTS = {
     "scoring": (scoring, 80),
     "saved": (saved, 80),
     "many": (many, 80),
+    "merged": (merged, 80),
     "training-40": (training, 40),
     "long_names-20": (long_names, 20),
     "long_names-40": (long_names, 40),
