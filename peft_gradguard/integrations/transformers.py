@@ -38,6 +38,7 @@ class AdaLoraCallback(TrainerCallback):
     - ``adalora/budget``, ``adalora/total_rank`` and ``adalora/skipped`` (parameters left out of the last scoring), in
       whatever the Trainer logs to, each time it logs a loss.
 
+    WARNING at the start of a training with ``load_best_model_at_end``, which fails where the best one has other ranks.
     ``ValueError`` at the start of a training without a trainable AdaLoRA adapter, or too short for its ``tinit`` and
     ``tfinal``.
     """
@@ -62,6 +63,8 @@ class AdaLoraCallback(TrainerCallback):
             )
         for tuner in self._tuners:
             self._settle_total_step(tuner.rankallocator, state.max_steps)
+        if args.load_best_model_at_end:
+            _warn_of_other_ranks(self._tuners[0].rankallocator)
         self._left = [_scores(tuner) for tuner in self._tuners]
         self._somebody_else_calls = False
         _come_first(self)
@@ -132,6 +135,19 @@ def _require_room(config: AdaLoraConfig, steps: int) -> None:
             f"AdaLoRA has no step left in which to allocate ranks: tinit={config.tinit} and tfinal={config.tfinal} "
             f"take up all of total_step={steps}. Train longer, or lower tinit or tfinal."
         )
+
+
+def _warn_of_other_ranks(allocator: RankAllocator) -> None:
+    """Say that Trainer loads the best checkpoint into a model that PEFT has cut to the ranks of the end."""
+    config: Any = allocator.peft_config
+    say(
+        said_level(),
+        "load_best_model_at_end is set: this run will fail at its end (size mismatch) if the best checkpoint has other "
+        "ranks than the model has then. Only those from step %d on (total_step - tfinal) are sure to have the same. "
+        "Leave it out, give metric_for_best_model, and load the best one into a fresh model: "
+        "PeftModel.from_pretrained(base_model, trainer.state.best_model_checkpoint).",
+        config.total_step - config.tfinal,
+    )
 
 
 def _scores(tuner: AdaLoraModel) -> dict[str, weakref.ref[torch.Tensor]]:
