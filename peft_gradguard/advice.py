@@ -78,10 +78,17 @@ def _names(adapter: str, adapters: tuple[str, ...], modules: list[str]) -> Itera
             "another."
         )
     alike = [module for module in modules if adapter in module]
-    if alike:
+    if modules and any(f"lora_{factor}" in adapter for factor in "ABE"):
         yield (
-            f"The adapter's name {adapter!r} occurs in names of modules ({alike[0]}): PEFT mixes the two up "
-            "where it tells them apart by the adapter's name, and save_pretrained fails. Choose another name."
+            f"The adapter's name {adapter!r} contains that of a factor (lora_A, lora_B or lora_E): PEFT replaces it "
+            "there too (RankAllocator.mask_to_budget), and training fails with KeyError. Choose another name."
+        )
+    elif alike or (modules and adapter in "lora_E"):
+        # PEFT cuts the adapter's name out of "<module>.lora_E.<adapter>", and looks whether it is still in there.
+        where = f"names of modules ({alike[0]})" if alike else "lora_E, which is in all names of the rank pattern"
+        yield (
+            f"The adapter's name {adapter!r} occurs in {where}: PEFT mixes the two up where it tells them apart by the "
+            "adapter's name, and save_pretrained fails. Choose another name."
         )
 
 

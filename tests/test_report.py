@@ -466,10 +466,55 @@ def test_advice_on_flat_parameters(model: peft.PeftModel, tmp_path: Path) -> Non
     assert not list(holding)
 
 
+IN_MODULES = "occurs in names of modules (trunk.0): PEFT mixes the two up"
+IN_LORA_E = "occurs in lora_E, which is in all names of the rank pattern: PEFT mixes the two up"
+A_FACTOR = "contains that of a factor (lora_A, lora_B or lora_E): PEFT replaces it there too"
+
+
 @pytest.mark.peft
-def test_advice_on_an_adapter_named_like_a_module() -> None:
-    model = peft.get_peft_model(two_branches(), adalora_config(target_modules=LINEARS), adapter_name="trunk")
-    assert "'trunk' occurs in names of modules (trunk.0)" in only(model).advice[0]
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("trunk", IN_MODULES),
+        ("0", IN_MODULES),
+        ("r", IN_MODULES),
+        ("lora", IN_LORA_E),
+        ("lora_", IN_LORA_E),
+        ("lo", IN_LORA_E),
+        ("E", IN_LORA_E),
+        ("_E", IN_LORA_E),
+        ("lora_E", A_FACTOR),
+        ("lora_A", A_FACTOR),
+        ("my_lora_B", A_FACTOR),
+        ("lora_C", None),
+        ("my_lora", None),
+        ("A", None),
+        ("head", None),
+    ],
+)
+def test_advice_on_names_with_which_saving_or_training_fails(name: str, said: str | None, tmp_path: Path) -> None:
+    model = peft.get_peft_model(two_branches(), adalora_config(target_modules=LINEARS), adapter_name=name)
+    advice = only(model).advice
+    assert len(advice) == (said is not None)
+    if said is None:
+        advance(model, *range(1, FIRST_MASKING + 1), optimise=True)
+        model.save_pretrained(str(tmp_path))
+        loaded = peft.PeftModel.from_pretrained(two_branches(), str(tmp_path / name), adapter_name=name)
+        assert sum(m.rank_kept for m in only(loaded).modules) == sum(m.rank_kept for m in only(model).modules)
+        return
+    assert advice[0].startswith(f"The adapter's name {name!r} {said}")
+    assert advice[0].endswith(
+        "and training fails with KeyError. Choose another name."
+        if said == A_FACTOR
+        else "where it tells them apart by the adapter's name, and save_pretrained fails. Choose another name."
+    )
+    if said == A_FACTOR:
+        with pytest.raises(KeyError):
+            advance(model, *range(1, FIRST_MASKING + 1), optimise=True)
+        return
+    advance(model, *range(1, FIRST_MASKING + 1), optimise=True)
+    with pytest.raises(KeyError):
+        model.save_pretrained(str(tmp_path))
 
 
 def test_advice_on_exclusions(model: peft.PeftModel) -> None:
