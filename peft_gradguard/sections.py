@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from .layers import place, short_labels
+from .layers import places, short_labels
 from .reports import trained
 
 if TYPE_CHECKING:
@@ -136,8 +136,10 @@ def _scored(adapter: AdapterReport, parameters: Sequence[ParameterReport]) -> st
 class _Kinds:
     """The modules by kind. Where there are too many kinds, those that differ in numbers alone are merged."""
 
-    def __init__(self, modules: Iterable[ModuleReport]) -> None:
-        own = {module.name: place(module.name).kind for module in modules}
+    def __init__(self, modules: Sequence[ModuleReport]) -> None:
+        found = places(module.name for module in modules)
+        self.layer = {name: place.layer for name, place in found.items()}
+        own = {name: place.kind for name, place in found.items()}
         unmerged = set(own.values())
         wider = {kind: re.sub(r"\d+", "*", kind) for kind in unmerged}
         alike = Counter(wider.values())
@@ -189,7 +191,7 @@ def _left_section(
     labels: dict[tuple[str, ...], list[str]] = {}
     for left, found in groups.items():
         steps, share = _times(left.reason, [parameter for _, several in found for parameter in several])
-        layers = ranges(place(module.name).layer for module, _ in found)
+        layers = ranges(kinds.layer[module.name] for module, _ in found)
         part = "all" if left.factors == "ABE" else ", ".join(left.factors)
         row = (layers, part, left.reason, *([steps] if begun else []))
         shares[row] = share
@@ -236,7 +238,7 @@ def _by_kind(adapter: AdapterReport, kinds: _Kinds) -> Section:
     important = sum(module.importance or 0.0 for module in adapter.modules)
     rows = []
     for kind, modules in kinds.modules.items():
-        row = [kinds.labels[kind], ranges(place(module.name).layer for module in modules), str(len(modules))]
+        row = [kinds.labels[kind], ranges(kinds.layer[module.name] for module in modules), str(len(modules))]
         if has_begun(adapter) or adapter.init_budget is None:
             started, kept = (
                 sum(getattr(module, field) for module in modules) for field in ("rank_started", "rank_kept")
@@ -277,7 +279,7 @@ def _by_layer(adapter: AdapterReport, kinds: _Kinds) -> list[Section]:
     cells: dict[str, dict[int, list[int]]] = {}
     alone = []
     for module in adapter.modules:
-        layer = place(module.name).layer
+        layer = kinds.layer[module.name]
         if layer is None:
             alone.append((kinds.one_by_one[module.name], f"{module.rank_kept} of {module.rank_started}"))
         else:

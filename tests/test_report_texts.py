@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peft_gradguard import tables
-from peft_gradguard.layers import Place, place, short_labels
+from peft_gradguard.layers import Place, places, short_labels
 from peft_gradguard.reports import AdapterReport, HistoryPoint, ModuleReport, ParameterReport, Report, trained
 from peft_gradguard.sections import Section, has_begun, ranges, sections
 
@@ -446,7 +446,38 @@ def test_scores_and_pruned_ranks_tell_of_a_training(tells: bool, facts: dict[str
     ],
 )
 def test_place(name: str, kind: str, layer: int | None) -> None:
-    assert place(name) == Place(kind, layer)
+    assert places([name]) == {name: Place(kind, layer)}
+
+
+PLACES: dict[str, dict[str, tuple[str, int | None]]] = {
+    "a model in a Sequential": {
+        "0.model.layer.7.q": ("0.model.layer.*.q", 7),
+        "0.model.layer.8.q": ("0.model.layer.*.q", 8),
+        "0.model.layer.8.k": ("0.model.layer.*.k", 8),
+        "0.model.pooler": ("*.model.pooler", 0),
+        "2.linear": ("*.linear", 2),
+    },
+    "experts in layers": {
+        "layers.0.experts.0.w": ("layers.*.experts.0.w", 0),
+        "layers.0.experts.1.w": ("layers.*.experts.1.w", 0),
+        "layers.1.experts.1.w": ("layers.*.experts.1.w", 1),
+    },
+    "stages of blocks": {
+        "layers.0.blocks.1.q": ("layers.*.blocks.1.q", 0),
+        "layers.2.blocks.1.q": ("layers.*.blocks.1.q", 2),
+        "layers.2.blocks.5.q": ("layers.*.blocks.5.q", 2),
+    },
+    "one block, of unlike layers": {
+        "block.0.layer.0.q": ("block.*.layer.0.q", 0),
+        "block.0.layer.1.wi": ("block.*.layer.1.wi", 0),
+    },
+    "ends with the number": {"trunk.0": ("trunk.*", 0), "trunk.2": ("trunk.*", 2), "head": ("head", None)},
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_places_of_several(case: str) -> None:
+    assert places(PLACES[case]) == {name: Place(*expected) for name, expected in PLACES[case].items()}
 
 
 @pytest.mark.parametrize(
