@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from .exclusions import PEFT_PREFIX, unmatched_patterns
 from .overlap import cannot_reload_overlap
-from .parameters import triplets
+from .parameters import ranked_triplets, triplets
+from .reports import trained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
 
     from .parameters import AdaLoraParameter, Triplet
+    from .reports import ModuleReport
 
 
 def advice(
@@ -24,16 +26,22 @@ def advice(
     parameters: list[AdaLoraParameter],
     inside: set[str],
     allocator: RankAllocator | None,
+    modules: tuple[ModuleReport, ...],
 ) -> tuple[str, ...]:
     """Return what to change about this adapter; nothing for one that is only used (it has no allocator)."""
     if allocator is None:
         return ()
+    # PEFT forgets the scores at the finalising step: after it nothing is left that could still be scored.
+    scored = bool(allocator.exp_avg_ipt)
+    over = trained(modules) and not scored
     return (
         *_missing(adapter, parameters),
         *_overlap(inside),
         *_names(adapter, adapters, [p.module for p in parameters if p.module not in inside]),
-        *_trainable(adapter, parameters),
+        *(() if over else _nothing_trainable(adapter, parameters, scored)),
+        *_partly_frozen(parameters),
         *_schedule(config),
+        *(() if over else _pruned_before(config, allocator, parameters, modules)),
         *_exclusions(parameters),
     )
 
@@ -70,20 +78,34 @@ def _names(adapter: str, adapters: tuple[str, ...], modules: list[str]) -> Itera
             "another."
         )
     alike = [module for module in modules if adapter in module]
-    if alike:
+    if modules and any(f"lora_{factor}" in adapter for factor in "ABE"):
         yield (
-            f"The adapter's name {adapter!r} occurs in names of modules ({alike[0]}): PEFT mixes the two up "
-            "where it tells them apart by the adapter's name, and save_pretrained fails. Choose another name."
+            f"The adapter's name {adapter!r} contains that of a factor (lora_A, lora_B or lora_E): PEFT replaces it "
+            "there too (RankAllocator.mask_to_budget), and training fails with KeyError. Choose another name."
+        )
+    elif alike or (modules and adapter in "lora_E"):
+        # PEFT cuts the adapter's name out of "<module>.lora_E.<adapter>", and looks whether it is still in there.
+        where = f"names of modules ({alike[0]})" if alike else "lora_E, which is in all names of the rank pattern"
+        yield (
+            f"The adapter's name {adapter!r} occurs in {where}: PEFT mixes the two up where it tells them apart by the "
+            "adapter's name, and save_pretrained fails. Choose another name."
         )
 
 
-def _trainable(adapter: str, parameters: list[AdaLoraParameter]) -> Iterator[str]:
-    trainable = [parameter for parameter in parameters if parameter.parameter.requires_grad]
-    if parameters and not trainable:
-        yield (
-            f"Nothing is trainable: all {len(parameters)} AdaLoRA parameters are frozen, and update_and_allocate will "
-            f"raise NoGradientError. model.set_adapter({adapter!r}) makes them trainable."
+def _nothing_trainable(adapter: str, parameters: list[AdaLoraParameter], scored: bool) -> Iterator[str]:
+    if parameters and not any(parameter.parameter.requires_grad for parameter in parameters):
+        hurts = (
+            "nothing is scored or pruned as long as they are"
+            if scored
+            else "update_and_allocate will raise NoGradientError"
         )
+        yield (
+            f"Nothing is trainable: all {len(parameters)} AdaLoRA parameters are frozen, and {hurts}. "
+            f"model.set_adapter({adapter!r}) makes them trainable."
+        )
+
+
+def _partly_frozen(parameters: list[AdaLoraParameter]) -> Iterator[str]:
     by_factors: dict[str, list[str]] = {}
     for triplet in triplets(parameters):
         by_factors.setdefault(_trains(triplet), []).append(triplet.E.module)
@@ -128,6 +150,35 @@ def _schedule(config: AdaLoraConfig) -> Iterator[str]:
             f"tinit={config.tinit} and tfinal={config.tfinal} leave none of the total_step={total} steps for pruning. "
             "Set total_step to the number of optimizer steps of the whole training, or lower tinit or tfinal."
         )
+
+
+def _pruned_before(
+    config: AdaLoraConfig,
+    allocator: RankAllocator,
+    parameters: list[AdaLoraParameter],
+    modules: tuple[ModuleReport, ...],
+) -> Iterator[str]:
+    """PEFT counts the budget of an adapter that it loads before it cuts the tensors to the pattern loaded with it."""
+    rows = {f"{module.name}.%s.{allocator.adapter_name}": module.rows for module in modules}
+    counted = list(allocator.name_set)
+    # Names that are not this adapter's (PEFT's substring test) are advised of elsewhere.
+    if not rows.keys() >= set(counted) or sum(rows[name] for name in counted) >= allocator.init_bgt:
+        return
+    there = sum(rows[name] for name in counted)
+    ranks, init, target = there, allocator.init_bgt, allocator.target_bgt
+    ranked = sorted(t.A.name.replace("lora_A", "%s") for t in ranked_triplets(parameters, {p.name for p in parameters}))
+    if ranked != counted:
+        # Then the guard lets PEFT count anew.
+        ranks = init = sum(rows[name] for name in ranked)
+        target = config.target_r * len(ranked)
+    pruned = init - target
+    will = f"leave {ranks - pruned} of {ranks} ranks" if 0 < pruned <= ranks else "fail in torch.kthvalue"
+    yield (
+        f"This adapter was loaded with {there} ranks, but its budget begins at {allocator.init_bgt}: PEFT counted it "
+        f"before it cut the tensors. update_and_allocate will {will}, and PEFT cannot load what is saved after it. To "
+        "train these ranks on, never call update_and_allocate (no AdaLoraCallback either); to allocate ranks anew, "
+        "train a fresh adapter, for example on model.merge_and_unload()."
+    )
 
 
 def _exclusions(parameters: list[AdaLoraParameter]) -> Iterator[str]:

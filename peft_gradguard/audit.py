@@ -20,7 +20,7 @@ from .parameters import (
     ranked_triplets,
 )
 from .ranking import pattern_by_full_name
-from .reports import AdapterReport, ModuleReport, ParameterReport, Report
+from .reports import AdapterReport, ModuleReport, ParameterReport, Report, trained
 from .skips import known_memory
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
     modules = tuple(
         _module(look, name, parts, name in ranked, important.get(name), counts) for name, parts in factors.items()
     )
-    init, now, target = _budget(look, [module for module in modules if module.ranked])
+    init, now, target = _budget(look, modules)
     return AdapterReport(
         adapter=adapter,
         step=look.counts.step,
@@ -132,7 +132,9 @@ def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
         target_budget=target,
         unranked_ranks=sum(module.rank_kept for module in modules if not module.ranked),
         modules=modules,
-        advice=advice(look.config, adapter, tuple(tuner.peft_config), look.parameters, look.inside, look.allocator),
+        advice=advice(
+            look.config, adapter, tuple(tuner.peft_config), look.parameters, look.inside, look.allocator, modules
+        ),
         history=tuple(look.counts.history),
     )
 
@@ -232,19 +234,23 @@ def _reason(
     return NO_GRADIENT if look.called and not ranked else None
 
 
-def _budget(look: _Look, ranked: list[ModuleReport]) -> tuple[int | None, int | None, int | None]:
+def _budget(look: _Look, modules: tuple[ModuleReport, ...]) -> tuple[int | None, int | None, int | None]:
     """Return the budget at the start, now and in the end; before PEFT has counted the ranked triplets, as it will."""
     allocator = look.allocator
     if allocator is None:
         return None, None, None
+    ranked = [module for module in modules if module.ranked]
     names = sorted(f"{module.name}.%s.{look.adapter}" for module in ranked)
     if names == list(allocator.name_set):
         init, target = allocator.init_bgt, allocator.target_bgt
     else:
-        init = sum(module.rank_started for module in ranked)
+        init = sum(module.rows for module in ranked)
         target = look.config.target_r * len(ranked)
     step = look.counts.step
-    return init, init if step is None else _scheduled(look.config, step, init, target), target
+    if step is not None:
+        return init, _scheduled(look.config, step, init, target), target
+    # The steps of a training without the guard are not known.
+    return init, None if trained(modules) else init, target
 
 
 def _scheduled(config: AdaLoraConfig, step: int, init: int, target: int) -> int | None:

@@ -10,7 +10,7 @@ import os
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from .layers import place, short_labels
+from .layers import places, short_labels
 
 try:
     from matplotlib import colormaps, rc_context
@@ -143,19 +143,19 @@ def plot_history(adapter: AdapterReport, path: str | os.PathLike[str] | None = N
 
 def grid_of(modules: Sequence[ModuleReport]) -> Grid:
     """Give each module its place: a column a layer, a row a kind, with a gap where the rows of another stack begin."""
-    places = [place(module.name) for module in modules]
-    layers: list[int | None] = [*sorted({p.layer for p in places if p.layer is not None})]
+    found = places(module.name for module in modules)
+    layers: list[int | None] = [*sorted({p.layer for p in found.values() if p.layer is not None})]
     columns: dict[int | None, float] = {layer: float(index) for index, layer in enumerate(layers)}
-    if any(p.layer is None for p in places):
+    if any(p.layer is None for p in found.values()):
         columns[None] = len(layers) + (GAP if layers else 0.0)
-    kinds = list(dict.fromkeys(p.kind for p in places))
+    kinds = list(dict.fromkeys(p.kind for p in found.values()))
     rows: dict[str, float] = {}
     for stack in dict.fromkeys(map(_stack, kinds)):
         gap = GAP if rows else 0.0
         for kind in (kind for kind in kinds if _stack(kind) == stack):
             rows[kind] = max(rows.values(), default=-1.0) + 1 + gap
             gap = 0.0
-    return Grid(columns, rows, [(columns[p.layer], rows[p.kind], m) for p, m in zip(places, modules, strict=True)])
+    return Grid(columns, rows, [(columns[found[m.name].layer], rows[found[m.name].kind], m) for m in modules])
 
 
 def row_labels(kinds: Iterable[str]) -> dict[str, str]:

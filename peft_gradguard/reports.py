@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable
 
     from matplotlib.axes import Axes
 
@@ -61,6 +62,16 @@ class ModuleReport:
     """
     parameters: tuple[ParameterReport, ...]
 
+    @property
+    def rows(self) -> int:
+        """How many rows its E has: fewer than ``rank_started`` where PEFT has cut them to a loaded pattern."""
+        return next((p.shape[0] for p in self.parameters if p.factor == "E" and p.shape), self.rank_started)
+
+
+def trained(modules: Iterable[ModuleReport]) -> bool:
+    """Say whether scores or pruned ranks tell of a training, whether or not the guard was on to count its steps."""
+    return any(m.importance is not None or (m.ranked and m.rank_kept < m.rows) for m in modules)
+
 
 class HistoryPoint(NamedTuple):
     """What one allocator step left. Four numbers, so that a history costs next to nothing."""
@@ -87,7 +98,7 @@ class AdapterReport:
     init_budget: int | None
     """Ranks of the ranked triplets at the start (``RankAllocator.init_bgt``)."""
     budget: int | None
-    """Ranks that the ranked triplets may keep now (``RankAllocator.budget_schedule``)."""
+    """Ranks that the ranked triplets may keep now (``RankAllocator.budget_schedule``), or None where not known."""
     target_budget: int | None
     """Ranks that they keep in the end (``RankAllocator.target_bgt``)."""
     unranked_ranks: int

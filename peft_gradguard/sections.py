@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from .layers import place, short_labels
+from .layers import places, short_labels
+from .reports import trained
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -58,9 +60,12 @@ def summary(adapter: AdapterReport) -> list[str]:
         now = "?" if adapter.budget is None else adapter.budget
         if not ranked:
             return [*lines, "nothing is ranked, so nothing is pruned", _scored(adapter, parameters)]
+        rows = sum(module.rows for module in ranked)
+        loaded = not has_begun(adapter) and rows < sum(module.rank_started for module in ranked)
+        only = f", which have only {_number(rows, 'rank')}" if loaded else ""
         lines.append(
-            f"budget of the {len(ranked)} ranked: {adapter.init_budget} at the start, {now} now, "
-            f"{adapter.target_budget} in the end"
+            f"budget of the {len(ranked)} ranked{only}: "
+            f"{adapter.init_budget} at the start, {now} now, {adapter.target_budget} in the end"
         )
         if adapter.unranked_ranks:
             others = _number(len(modules) - len(ranked), "module")
@@ -74,26 +79,21 @@ def summary(adapter: AdapterReport) -> list[str]:
 
 def sections(adapter: AdapterReport) -> list[Section]:
     """Return the tables of one adapter."""
-    kinds = _kinds(adapter.modules)
-    labels = _labels(kinds.values())
-    found = [] if adapter.init_budget is None else _left_out(adapter, kinds, labels)
-    found.append(_by_kind(adapter, kinds, labels))
+    kinds = _Kinds(adapter.modules)
+    found = [] if adapter.init_budget is None else _left_out(adapter, kinds)
+    found.append(_by_kind(adapter, kinds))
     if any(module.rank_kept != module.rank_started for module in adapter.modules):
-        found += _by_layer(adapter, kinds, labels)
+        found += _by_layer(adapter, kinds)
     return [section for section in found if section.rows]
 
 
 def has_begun(adapter: AdapterReport) -> bool:
     """Say whether the report is one of a training under way or done, or of what it left, not an audit before it."""
-    return (
-        adapter.saved
-        or adapter.step is not None
-        or any(
-            parameter.steps_scored or parameter.steps_skipped
-            for module in adapter.modules
-            for parameter in module.parameters
-        )
-    )
+    return adapter.saved or adapter.step is not None or trained(adapter.modules) or _counted(adapter)
+
+
+def _counted(adapter: AdapterReport) -> bool:
+    return any(p.steps_scored or p.steps_skipped for module in adapter.modules for p in module.parameters)
 
 
 def ranges(layers: Iterable[int | None]) -> str:
@@ -118,6 +118,8 @@ def _number(count: int, thing: str) -> str:
 def _scored(adapter: AdapterReport, parameters: Sequence[ParameterReport]) -> str:
     if not has_begun(adapter):
         return "nothing scored yet"
+    if trained(adapter.modules) and not _counted(adapter):
+        return "parameters scored: not counted, for the guard was off"
     always = [p for p in parameters if p.steps_scored and not p.steps_skipped]
     never = [p for p in parameters if not p.steps_scored]
     sometimes = len(parameters) - len(always) - len(never)
@@ -131,28 +133,47 @@ def _scored(adapter: AdapterReport, parameters: Sequence[ParameterReport]) -> st
     return f"parameters scored: {', '.join(parts)}" + (f"; last at step {max(steps)}" if steps else "")
 
 
-def _kinds(modules: Iterable[ModuleReport]) -> dict[str, str]:
-    """Return the kind of each module, by its name."""
-    kinds = {module.name: place(module.name).kind for module in modules}
-    if len(set(kinds.values())) > MANY_KINDS:
-        kinds = {name: re.sub(r"\d+", "*", kind) for name, kind in kinds.items()}
-    return kinds
+class _Kinds:
+    """The modules by kind. Where there are too many kinds, those that differ in numbers alone are merged."""
+
+    def __init__(self, modules: Sequence[ModuleReport]) -> None:
+        found = places(module.name for module in modules)
+        self.layer = {name: place.layer for name, place in found.items()}
+        own = {name: place.kind for name, place in found.items()}
+        unmerged = set(own.values())
+        wider = {kind: re.sub(r"\d+", "*", kind) for kind in unmerged}
+        alike = Counter(wider.values())
+        self.merged = {kind for kind, count in alike.items() if count > 1 and len(unmerged) > MANY_KINDS}
+        self.of = {name: wider[kind] if wider[kind] in self.merged else kind for name, kind in own.items()}
+        """The kind of each module, by its name."""
+        self.modules: dict[str, list[ModuleReport]] = {}
+        for module in modules:
+            self.modules.setdefault(self.of[module.name], []).append(module)
+        self.labels = short_labels(self.modules)
+        """A short label for each kind."""
+        short = short_labels(own.values())
+        self.one_by_one = {name: short[kind] for name, kind in own.items()}
+        """A short label for each module: of its own kind, whatever that is merged with."""
+
+    def label(self, kind: str, modules: Sequence[ModuleReport]) -> str:
+        """Return a label for these modules of a kind; where it is merged, one that tells which or how many they are."""
+        if kind not in self.merged:
+            return self.labels[kind]
+        if len(modules) == 1:
+            return self.one_by_one[modules[0].name]
+        return f"{self.labels[kind]} ({len(modules)} of {len(self.modules[kind])})"
 
 
-def _labels(kinds: Iterable[str]) -> dict[str, str]:
-    return short_labels(kinds)
-
-
-def _left_out(adapter: AdapterReport, kinds: dict[str, str], labels: dict[str, str]) -> list[Section]:
+def _left_out(adapter: AdapterReport, kinds: _Kinds) -> list[Section]:
+    begun = has_begun(adapter)
     groups: dict[Left, list[tuple[ModuleReport, list[ParameterReport]]]] = {}
     for module in adapter.modules:
-        for reason, parameters in _reasons(module).items():
+        for reason, parameters in _reasons(module, begun).items():
             factors = "".join(parameter.factor for parameter in parameters)
-            group = Left(kinds[module.name], module.ranked, factors, reason)
+            group = Left(kinds.of[module.name], module.ranked, factors, reason)
             groups.setdefault(group, []).append((module, parameters))
-    begun = has_begun(adapter)
     return [
-        _left_section(title, begun, labels, {left: found for left, found in groups.items() if left.ranked == ranked})
+        _left_section(title, begun, kinds, {left: found for left, found in groups.items() if left.ranked == ranked})
         for ranked, title in (
             (False, "Not ranked: these keep their full rank" if begun else "Will not be ranked, and keep their rank"),
             (True, "Ranked, but left out of scoring in part or at times" if begun else "Ranked, but scored in part"),
@@ -163,29 +184,30 @@ def _left_out(adapter: AdapterReport, kinds: dict[str, str], labels: dict[str, s
 def _left_section(
     title: str,
     begun: bool,
-    labels: dict[str, str],
+    kinds: _Kinds,
     groups: dict[Left, list[tuple[ModuleReport, list[ParameterReport]]]],
 ) -> Section:
     shares: dict[tuple[str, ...], float] = {}
-    kinds: dict[tuple[str, ...], list[str]] = {}
+    labels: dict[tuple[str, ...], list[str]] = {}
     for left, found in groups.items():
         steps, share = _times(left.reason, [parameter for _, several in found for parameter in several])
-        layers = ranges(place(module.name).layer for module, _ in found)
+        layers = ranges(kinds.layer[module.name] for module, _ in found)
         part = "all" if left.factors == "ABE" else ", ".join(left.factors)
         row = (layers, part, left.reason, *([steps] if begun else []))
         shares[row] = share
-        kinds.setdefault(row, []).append(labels[left.kind])
+        labels.setdefault(row, []).append(kinds.label(left.kind, [module for module, _ in found]))
+    every = {kinds.label(kind, modules) for kind, modules in kinds.modules.items()}
     rows = [
         (label, *row)
-        for row in sorted(kinds, key=lambda row: -shares[row])
-        for label in (kinds[row] if len(kinds[row]) < max(len(labels), 2) else [f"all {len(labels)} kinds"])
+        for row in sorted(labels, key=lambda row: -shares[row])
+        for label in (labels[row] if len(every) < 2 or set(labels[row]) != every else [f"all {len(every)} kinds"])
     ]
     head = ("module", "layers", "part", "why", *(["left out"] if begun else []))
     more = len(rows) - MANY_ROWS
     return Section(title, head, tuple(rows[:MANY_ROWS]), _more(more, "such group"))
 
 
-def _reasons(module: ModuleReport) -> dict[SkipReason, list[ParameterReport]]:
+def _reasons(module: ModuleReport, begun: bool) -> dict[SkipReason, list[ParameterReport]]:
     """Return why parts of the module are or were left out."""
     if not module.ranked and module.reason == "inside modules_to_save":
         return {module.reason: list(module.parameters)}
@@ -194,7 +216,8 @@ def _reasons(module: ModuleReport) -> dict[SkipReason, list[ParameterReport]]:
         for reason in parameter.steps_skipped:
             found.setdefault(reason, []).append(parameter)
         now: SkipReason | None = "excluded" if parameter.excluded else None if parameter.trainable else "frozen"
-        if now and now not in parameter.steps_skipped:
+        # What is frozen now was left out of nothing yet, but may be why the module is not ranked.
+        if now and now not in parameter.steps_skipped and not (begun and module.ranked):
             found.setdefault(now, []).append(parameter)
     if not module.ranked and module.reason and not found:
         found[module.reason] = list(module.parameters)
@@ -205,20 +228,17 @@ def _times(reason: SkipReason, parameters: Sequence[ParameterReport]) -> tuple[s
     """Return ``3 to 5 of 20``, and the largest share."""
     skipped = [parameter.steps_skipped.get(reason, 0) for parameter in parameters]
     steps = [parameter.steps_scored + sum(parameter.steps_skipped.values()) for parameter in parameters]
-    if not any(skipped):
+    if not any(steps):
         return "", 0.0
     share = max(some / max(every, 1) for some, every in zip(skipped, steps, strict=True))
     return f"{_span(min(skipped), max(skipped), ' to ')} of {max(steps)}", share
 
 
-def _by_kind(adapter: AdapterReport, kinds: dict[str, str], labels: dict[str, str]) -> Section:
-    groups: dict[str, list[ModuleReport]] = {}
-    for module in adapter.modules:
-        groups.setdefault(kinds[module.name], []).append(module)
+def _by_kind(adapter: AdapterReport, kinds: _Kinds) -> Section:
     important = sum(module.importance or 0.0 for module in adapter.modules)
     rows = []
-    for kind, modules in groups.items():
-        row = [labels[kind], ranges(place(module.name).layer for module in modules), str(len(modules))]
+    for kind, modules in kinds.modules.items():
+        row = [kinds.labels[kind], ranges(kinds.layer[module.name] for module in modules), str(len(modules))]
         if has_begun(adapter) or adapter.init_budget is None:
             started, kept = (
                 sum(getattr(module, field) for module in modules) for field in ("rank_started", "rank_kept")
@@ -254,19 +274,19 @@ def _trainable(modules: Sequence[ModuleReport]) -> str:
     return "none" if not count else "all" if count == len(parameters) else f"{count} of {len(parameters)}"
 
 
-def _by_layer(adapter: AdapterReport, kinds: dict[str, str], labels: dict[str, str]) -> list[Section]:
+def _by_layer(adapter: AdapterReport, kinds: _Kinds) -> list[Section]:
     """Return the ranks kept, kinds down and layers across; and one by one those without a layer's number."""
     cells: dict[str, dict[int, list[int]]] = {}
     alone = []
     for module in adapter.modules:
-        layer = place(module.name).layer
+        layer = kinds.layer[module.name]
         if layer is None:
-            alone.append((labels[kinds[module.name]], f"{module.rank_kept} of {module.rank_started}"))
+            alone.append((kinds.one_by_one[module.name], f"{module.rank_kept} of {module.rank_started}"))
         else:
-            cells.setdefault(kinds[module.name], {}).setdefault(layer, []).append(module.rank_kept)
+            cells.setdefault(kinds.of[module.name], {}).setdefault(layer, []).append(module.rank_kept)
     layers = sorted({layer for row in cells.values() for layer in row})
     rows = [
-        (labels[kind], *(_span(min(row[layer]), max(row[layer])) if layer in row else "" for layer in layers))
+        (kinds.labels[kind], *(_span(min(row[layer]), max(row[layer])) if layer in row else "" for layer in layers))
         for kind, row in cells.items()
     ]
     more = len(rows) - MANY_ROWS

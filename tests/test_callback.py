@@ -318,13 +318,59 @@ def test_resumed_from_a_checkpoint(said: Callable[[], list[str]]) -> None:
     assert said() == []
 
 
+def best_of(model: peft.PeftModel, best: int, **arguments: Any) -> transformers.Trainer:
+    """A ``Trainer`` that saves every second step, and takes the checkpoint of this one for the best."""
+    evaluated = iter(range(2, TOTAL + 1, 2))
+    every_second = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    return transformers.Trainer(
+        model,
+        training_arguments(
+            TOTAL, metric_for_best_model="badness", greater_is_better=False, **every_second, **arguments
+        ),
+        train_dataset=Examples(),
+        eval_dataset=torch.utils.data.Subset(Examples(), range(8)),
+        compute_metrics=lambda predicted: {"badness": float(next(evaluated) != best)},
+        callbacks=[AdaLoraCallback()],
+    )
+
+
+@pytest.mark.parametrize("best", [2, FINALISING // 2, FINALISING, TOTAL])
+def test_loading_the_best_at_the_end_is_warned_of(
+    model: peft.PeftModel, best: int, said: Callable[[], list[str]]
+) -> None:
+    run = best_of(model, best, load_best_model_at_end=True)
+    if best < FINALISING:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            run.train()
+    else:
+        run.train()
+    assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert said() == [
+        "load_best_model_at_end is set: this run will fail at its end (size mismatch) if the best checkpoint has other "
+        f"ranks than the model has then. Only those from step {FINALISING} on (total_step - tfinal) are sure to have "
+        "the same. Leave it out, give metric_for_best_model, and load the best one into a fresh model: "
+        "PeftModel.from_pretrained(base_model, trainer.state.best_model_checkpoint)."
+    ]
+
+
+def test_the_best_checkpoint_loads_into_a_fresh_model(model: peft.PeftModel, said: Callable[[], list[str]]) -> None:
+    import peft
+
+    run = best_of(model, FINALISING // 2)
+    run.train()
+    loaded = peft.PeftModel.from_pretrained(two_branches(), run.state.best_model_checkpoint)
+    ranks = [sum(bits) for bits in loaded.peft_config["default"].rank_pattern.values()]
+    assert 4 * TARGET_R < sum(ranks) < 4 * INIT_R
+    assert said() == []
+
+
 def test_works_with_the_guard_switched_off() -> None:
     with peft_gradguard.disabled():
         model = build(branches())
         run = trainer(model, AdaLoraCallback())
         run.train()
     assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 4 * TARGET_R
-    assert KEYS & logged(run)[TOTAL].keys() == {"adalora/budget", "adalora/total_rank"}
+    assert KEYS & logged(run)[TOTAL].keys() == {"adalora/total_rank"}
     assert logged(run)[TOTAL]["adalora/total_rank"] == 4 * TARGET_R
 
 

@@ -304,7 +304,24 @@ def test_report_without_the_guard_leaves_no_memory() -> None:
         assert known_memory(model.base_model.rankallocator) is None
     assert sum(module.rank_kept for module in adapter.modules) == 4 * TARGET_R
     assert all(module.ranked for module in adapter.modules)
-    assert adapter.step is None
+    assert (adapter.step, adapter.init_budget, adapter.budget) == (None, 4 * INIT_R, None)
+
+
+NOT_COUNTED = "parameters scored: not counted, for the guard was off"
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("last", [1, FIRST_MASKING, FINALISING - 1, FINALISING, TOTAL])
+def test_training_before_the_guard_was_on_is_not_counted(model: peft.PeftModel, last: int) -> None:
+    with peft_gradguard.disabled():
+        assert "nothing scored yet" in str(peft_gradguard.report(model))
+        advance(model, *range(1, last + 1), optimise=True)
+    assert parameters(only(model))["trunk.0.lora_A.default"].steps_scored == 0
+    text = str(peft_gradguard.report(model))
+    assert f"  budget of the 4 ranked: 24 at the start, ? now, 8 in the end\n  {NOT_COUNTED}\n" in text
+    assert "ranks kept\n" in text or "ranks kept  importance\n" in text
+    advance(model, last + 1, optimise=True)
+    assert (NOT_COUNTED in str(peft_gradguard.report(model))) == (last + 1 >= FINALISING)
 
 
 def test_nothing_keeps_the_model_alive(history: None) -> None:
@@ -370,6 +387,51 @@ def test_advice(case: str) -> None:
     assert said in advice[0]
 
 
+@pytest.mark.peft
+@pytest.mark.parametrize("how", ["frozen", "another adapter"])
+@pytest.mark.parametrize(
+    ("last", "hurts"),
+    [
+        (0, "update_and_allocate will raise NoGradientError"),
+        (1, "nothing is scored or pruned as long as they are"),
+        (FINALISING - 1, "nothing is scored or pruned as long as they are"),
+        (FINALISING, None),
+        (TOTAL, None),
+    ],
+)
+def test_advice_on_an_adapter_of_which_nothing_trains_any_more(
+    model: peft.PeftModel, last: int, hurts: str | None, how: str
+) -> None:
+    if how != "frozen" and PEFT_VERSION < (0, 6):
+        pytest.skip("PEFT 0.5 freezes no adapter for another one")
+    advance(model, *range(1, last + 1), optimise=True)
+    if how == "frozen":
+        frozen()(model, 0)
+    else:
+        add_inference_adapter("other")(model, 0)
+        model.set_adapter("other")
+    adapter = peft_gradguard.report(model).adapters[0]
+    assert adapter.advice == (
+        (
+            f"Nothing is trainable: all 12 AdaLoRA parameters are frozen, and {hurts}. model.set_adapter('default') "
+            "makes them trainable.",
+        )
+        if hurts
+        else ()
+    )
+    text = str(peft_gradguard.report(model))
+    counted = min(last, FINALISING - 1)
+    assert (f"12 at every step; last at step {counted}" in text) == (last > 0)
+    # Not ranked as long as it could be, and not left out of anything.
+    assert (f"frozen  0 of {counted}\n" in text) == (0 < last < FINALISING)
+    assert ("frozen" in text) == (last < FINALISING)
+    if "raise" in (hurts or ""):
+        with pytest.raises(peft_gradguard.NoGradientError):
+            model.base_model.update_and_allocate(1)
+    else:
+        model.base_model.update_and_allocate(last + 1)
+
+
 def test_advice_on_steps_that_cannot_fit(model: peft.PeftModel) -> None:
     config = model.peft_config["default"]
     for total in (TINIT + TFINAL, TINIT + TFINAL - 1):
@@ -404,10 +466,55 @@ def test_advice_on_flat_parameters(model: peft.PeftModel, tmp_path: Path) -> Non
     assert not list(holding)
 
 
+IN_MODULES = "occurs in names of modules (trunk.0): PEFT mixes the two up"
+IN_LORA_E = "occurs in lora_E, which is in all names of the rank pattern: PEFT mixes the two up"
+A_FACTOR = "contains that of a factor (lora_A, lora_B or lora_E): PEFT replaces it there too"
+
+
 @pytest.mark.peft
-def test_advice_on_an_adapter_named_like_a_module() -> None:
-    model = peft.get_peft_model(two_branches(), adalora_config(target_modules=LINEARS), adapter_name="trunk")
-    assert "'trunk' occurs in names of modules (trunk.0)" in only(model).advice[0]
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("trunk", IN_MODULES),
+        ("0", IN_MODULES),
+        ("r", IN_MODULES),
+        ("lora", IN_LORA_E),
+        ("lora_", IN_LORA_E),
+        ("lo", IN_LORA_E),
+        ("E", IN_LORA_E),
+        ("_E", IN_LORA_E),
+        ("lora_E", A_FACTOR),
+        ("lora_A", A_FACTOR),
+        ("my_lora_B", A_FACTOR),
+        ("lora_C", None),
+        ("my_lora", None),
+        ("A", None),
+        ("head", None),
+    ],
+)
+def test_advice_on_names_with_which_saving_or_training_fails(name: str, said: str | None, tmp_path: Path) -> None:
+    model = peft.get_peft_model(two_branches(), adalora_config(target_modules=LINEARS), adapter_name=name)
+    advice = only(model).advice
+    assert len(advice) == (said is not None)
+    if said is None:
+        advance(model, *range(1, FIRST_MASKING + 1), optimise=True)
+        model.save_pretrained(str(tmp_path))
+        loaded = peft.PeftModel.from_pretrained(two_branches(), str(tmp_path / name), adapter_name=name)
+        assert sum(m.rank_kept for m in only(loaded).modules) == sum(m.rank_kept for m in only(model).modules)
+        return
+    assert advice[0].startswith(f"The adapter's name {name!r} {said}")
+    assert advice[0].endswith(
+        "and training fails with KeyError. Choose another name."
+        if said == A_FACTOR
+        else "where it tells them apart by the adapter's name, and save_pretrained fails. Choose another name."
+    )
+    if said == A_FACTOR:
+        with pytest.raises(KeyError):
+            advance(model, *range(1, FIRST_MASKING + 1), optimise=True)
+        return
+    advance(model, *range(1, FIRST_MASKING + 1), optimise=True)
+    with pytest.raises(KeyError):
+        model.save_pretrained(str(tmp_path))
 
 
 def test_advice_on_exclusions(model: peft.PeftModel) -> None:
@@ -468,6 +575,103 @@ def test_adapter_that_was_loaded_to_train_on_tells_what_was_ranked(tmp_path: Pat
     loaded = peft.PeftModel.from_pretrained(two_branches(), str(tmp_path), is_trainable=True)
     assert {m.name for m in only(loaded).modules if m.ranked} == {"trunk.2", "branch.0", "branch.2"}
     assert {m.reason for m in only(loaded).modules} == {None}
+
+
+def trained_on(
+    folder: Path, target_r: int, prepare: Callable[[peft.PeftModel, int], None] | None = None
+) -> tuple[nn.Module, peft.PeftModel]:
+    """A base model, and the adapter of a whole training, loaded into it to be trained on."""
+    train(branches(config={"target_modules": LINEARS, "target_r": target_r}), str(folder))
+    torch.manual_seed(0)
+    base = two_branches()
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder), is_trainable=True)
+    if prepare:
+        prepare(model, 0)
+    return base, model
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize(
+    ("target_r", "will"),
+    [
+        (TARGET_R, "fail in torch.kthvalue"),
+        (INIT_R // 2, "leave 0 of 12 ranks"),
+        (INIT_R // 2 + 1, "leave 8 of 16 ranks"),
+    ],
+)
+def test_advice_on_training_a_pruned_adapter_on(target_r: int, will: str, tmp_path: Path) -> None:
+    base, model = trained_on(tmp_path, target_r)
+    adapter, there = only(model), 4 * target_r
+    (advice,) = adapter.advice
+    assert advice == (
+        f"This adapter was loaded with {there} ranks, but its budget begins at {4 * INIT_R}: PEFT counted it before it "
+        f"cut the tensors. update_and_allocate will {will}, and PEFT cannot load what is saved after it. To train "
+        "these ranks on, never call update_and_allocate (no AdaLoraCallback either); to allocate ranks anew, train a "
+        "fresh adapter, for example on model.merge_and_unload()."
+    )
+    assert (
+        f"budget of the 4 ranked, which have only {there} ranks: {4 * INIT_R} at the start, {4 * INIT_R} now, {there} "
+        "in the end"
+    ) in " ".join(str(peft_gradguard.report(model)).split())
+    if "kthvalue" in will:
+        with pytest.raises(RuntimeError, match="kthvalue"):
+            advance(model, *range(1, FINALISING + 1), optimise=True)
+        return
+    advance(model, *range(1, FINALISING + 1), optimise=True)
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == int(will.split()[1])
+    assert ", which have only" not in str(peft_gradguard.report(model))
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(IndexError):
+        peft.PeftModel.from_pretrained(base, str(tmp_path))
+
+
+@pytest.mark.peft
+def test_a_pruned_adapter_that_is_trained_on_without_allocating_loads(tmp_path: Path) -> None:
+    base, model = trained_on(tmp_path, TARGET_R)
+    ranks = {module.name: module.rank_kept for module in only(model).modules}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        loss_of(model, vectors(step), regularised=False).backward()
+        optimizer.step()
+    model.save_pretrained(str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path))
+    assert {module.name: module.rank_kept for module in only(loaded).modules} == ranks
+    assert torch.equal(loaded.eval()(**vectors(0)).logits, model.eval()(**vectors(0)).logits)
+
+
+@pytest.mark.peft
+def test_a_fresh_adapter_on_a_merged_one_is_allocated(tmp_path: Path) -> None:
+    _, model = trained_on(tmp_path, TARGET_R)
+    fresh = peft.get_peft_model(model.merge_and_unload(), adalora_config(target_modules=LINEARS))
+    assert only(fresh).advice == ()
+    advance(fresh, *range(1, TOTAL + 1), optimise=True)
+    assert sum(map(sum, fresh.peft_config["default"].rank_pattern.values())) == 4 * TARGET_R
+
+
+@pytest.mark.peft
+def test_advice_on_training_a_pruned_adapter_on_with_a_part_of_it_frozen(tmp_path: Path) -> None:
+    # What is ranked is another set then, so that the guard lets PEFT count anew.
+    _, model = trained_on(tmp_path, TARGET_R, frozen("trunk"))
+    there = sum(module.rank_kept for module in only(model).modules if module.name.startswith("branch"))
+    will = f"leave {2 * TARGET_R} of {there} ranks" if there > 2 * TARGET_R else "fail in torch.kthvalue"
+    (advice,) = only(model).advice
+    assert f"loaded with {4 * TARGET_R} ranks, but its budget begins at {4 * INIT_R}" in advice
+    assert f"update_and_allocate will {will}, and" in advice
+    if "leave" in will:
+        advance(model, *range(1, FINALISING + 1), optimise=True)
+        assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 2 * TARGET_R
+    else:
+        with pytest.raises(RuntimeError, match="kthvalue"):
+            advance(model, *range(1, FINALISING + 1), optimise=True)
+
+
+@pytest.mark.peft
+def test_no_advice_on_training_an_adapter_on_that_was_not_pruned(tmp_path: Path) -> None:
+    build(branches()).save_pretrained(str(tmp_path))
+    model = peft.PeftModel.from_pretrained(two_branches(), str(tmp_path), is_trainable=True)
+    assert only(model).advice == ()
+    assert "budget of the 4 ranked: 24 at the start, 24 now, 8 in the end" in str(peft_gradguard.report(model))
 
 
 @pytest.mark.peft

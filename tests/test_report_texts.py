@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peft_gradguard import tables
-from peft_gradguard.layers import Place, place, short_labels
-from peft_gradguard.reports import AdapterReport, HistoryPoint, ModuleReport, ParameterReport, Report
+from peft_gradguard.layers import Place, places, short_labels
+from peft_gradguard.reports import AdapterReport, HistoryPoint, ModuleReport, ParameterReport, Report, trained
 from peft_gradguard.sections import Section, has_begun, ranges, sections
 
 if TYPE_CHECKING:
@@ -252,6 +252,34 @@ def many() -> Report:
     )
 
 
+def merged() -> Report:
+    frozen: dict[str, Any] = {"ranked": False, "reason": "frozen", "every": {**FROZEN, **scored(0, frozen=9)}}
+    always = {"every": scored(9)}
+
+    def numbered(count: int, *of: int) -> list[ModuleReport]:
+        return [
+            module(f"fc{n}", *(() if n in of else (n % 8,)), **(frozen if n in of else always)) for n in range(count)
+        ]
+
+    experts = [
+        module(f"layers.{layer}.experts.{n}.w", 8 - layer, **(frozen if (layer, n) in ((0, 3), (1, 5)) else always))
+        for layer in (0, 1)
+        for n in range(16)
+    ]
+    silent = scored(4, no_gradient=5)
+    return Report(
+        (
+            adapter("16 kinds", numbered(16, 3, 7), step=9),
+            adapter("17 kinds, two frozen", [*numbered(17, 3, 7), module("head2", 4, **always)], step=9),
+            adapter("17 kinds, one frozen", numbered(17, 3), step=9),
+            adapter("17 kinds, all frozen", numbered(17, *range(17)), step=9),
+            adapter("some frozen and all the others", [*numbered(17, 3, 7), module("head2", **frozen)], step=9),
+            adapter("all frozen and all the others", [*numbered(17, *range(17)), module("head2", **frozen)], step=9),
+            adapter("experts", [*experts, module("layers.0.gate", every=silent), module("score", 3, **always)], step=9),
+        )
+    )
+
+
 LONG = (
     "transformer_block_with_a_name.grouped_query_attention.query_key_value_projection_of_the_model",
     "transformer_block_with_a_name.another_feed_forward.query_key_value_projection_of_the_model",
@@ -294,6 +322,7 @@ TEXTS = {
     "scoring": (scoring, 80),
     "saved": (saved, 80),
     "many": (many, 80),
+    "merged": (merged, 80),
     "training-40": (training, 40),
     "long_names-20": (long_names, 20),
     "long_names-40": (long_names, 40),
@@ -377,10 +406,30 @@ def test_ranges(layers: Sequence[int | None], said: str) -> None:
         (True, {"step": 0}, {}),
         (True, {}, {"steps_scored": 1}),
         (True, {}, {"steps_skipped": {"frozen": 1}}),
+        # Pruned to what a loaded pattern kept, and cut to it.
+        (False, {}, {"shape": (3, 1)}),
+        (True, {}, {"shape": (4, 1)}),
+        # Of a piece that does not tell.
+        (True, {}, {"shape": ()}),
     ],
 )
 def test_has_begun(begun: bool, facts: dict[str, Any], every: dict[str, Any]) -> None:
-    assert has_begun(adapter("default", [module("k"), module("q", parts={"E": every})], **facts)) is begun
+    kept = 3 if "shape" in every else 8
+    assert has_begun(adapter("default", [module("k"), module("q", kept, parts={"E": every})], **facts)) is begun
+
+
+@pytest.mark.parametrize(
+    ("tells", "facts"),
+    [
+        (False, {}),
+        (True, {"importance": 0.0}),
+        (True, {"kept": 7}),
+        (False, {"kept": 7, "ranked": False}),
+        (True, {"importance": 0.5, "ranked": False}),
+    ],
+)
+def test_scores_and_pruned_ranks_tell_of_a_training(tells: bool, facts: dict[str, Any]) -> None:
+    assert trained([module("k"), module("q", **facts)]) is tells
 
 
 @pytest.mark.parametrize(
@@ -397,7 +446,38 @@ def test_has_begun(begun: bool, facts: dict[str, Any], every: dict[str, Any]) ->
     ],
 )
 def test_place(name: str, kind: str, layer: int | None) -> None:
-    assert place(name) == Place(kind, layer)
+    assert places([name]) == {name: Place(kind, layer)}
+
+
+PLACES: dict[str, dict[str, tuple[str, int | None]]] = {
+    "a model in a Sequential": {
+        "0.model.layer.7.q": ("0.model.layer.*.q", 7),
+        "0.model.layer.8.q": ("0.model.layer.*.q", 8),
+        "0.model.layer.8.k": ("0.model.layer.*.k", 8),
+        "0.model.pooler": ("*.model.pooler", 0),
+        "2.linear": ("*.linear", 2),
+    },
+    "experts in layers": {
+        "layers.0.experts.0.w": ("layers.*.experts.0.w", 0),
+        "layers.0.experts.1.w": ("layers.*.experts.1.w", 0),
+        "layers.1.experts.1.w": ("layers.*.experts.1.w", 1),
+    },
+    "stages of blocks": {
+        "layers.0.blocks.1.q": ("layers.*.blocks.1.q", 0),
+        "layers.2.blocks.1.q": ("layers.*.blocks.1.q", 2),
+        "layers.2.blocks.5.q": ("layers.*.blocks.5.q", 2),
+    },
+    "one block, of unlike layers": {
+        "block.0.layer.0.q": ("block.*.layer.0.q", 0),
+        "block.0.layer.1.wi": ("block.*.layer.1.wi", 0),
+    },
+    "ends with the number": {"trunk.0": ("trunk.*", 0), "trunk.2": ("trunk.*", 2), "head": ("head", None)},
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_places_of_several(case: str) -> None:
+    assert places(PLACES[case]) == {name: Place(*expected) for name, expected in PLACES[case].items()}
 
 
 @pytest.mark.parametrize(

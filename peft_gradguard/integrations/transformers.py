@@ -38,6 +38,7 @@ class AdaLoraCallback(TrainerCallback):
     - ``adalora/budget``, ``adalora/total_rank`` and ``adalora/skipped`` (parameters left out of the last scoring), in
       whatever the Trainer logs to, each time it logs a loss.
 
+    WARNING at the start of a training with ``load_best_model_at_end``, which fails where the best one has other ranks.
     ``ValueError`` at the start of a training without a trainable AdaLoRA adapter, or too short for its ``tinit`` and
     ``tfinal``.
     """
@@ -62,6 +63,8 @@ class AdaLoraCallback(TrainerCallback):
             )
         for tuner in self._tuners:
             self._settle_total_step(tuner.rankallocator, state.max_steps)
+        if args.load_best_model_at_end:
+            _warn_of_other_ranks(self._tuners[0].rankallocator)
         self._left = [_scores(tuner) for tuner in self._tuners]
         self._somebody_else_calls = False
         _come_first(self)
@@ -134,6 +137,19 @@ def _require_room(config: AdaLoraConfig, steps: int) -> None:
         )
 
 
+def _warn_of_other_ranks(allocator: RankAllocator) -> None:
+    """Say that Trainer loads the best checkpoint into a model that PEFT has cut to the ranks of the end."""
+    config: Any = allocator.peft_config
+    say(
+        said_level(),
+        "load_best_model_at_end is set: this run will fail at its end (size mismatch) if the best checkpoint has other "
+        "ranks than the model has then. Only those from step %d on (total_step - tfinal) are sure to have the same. "
+        "Leave it out, give metric_for_best_model, and load the best one into a fresh model: "
+        "PeftModel.from_pretrained(base_model, trainer.state.best_model_checkpoint).",
+        config.total_step - config.tfinal,
+    )
+
+
 def _scores(tuner: AdaLoraModel) -> dict[str, weakref.ref[torch.Tensor]]:
     """Return the last step's scores: PEFT makes a new tensor of each that it updates (``RankAllocator.update_ipt``)."""
     return {name: weakref.ref(score) for name, score in tuner.rankallocator.ipt.items()}
@@ -153,9 +169,11 @@ def _numbers(found: list[AdaLoraModel]) -> dict[str, float]:
         if adapter.adapter == tuner.rankallocator.adapter_name
     ]
     numbers: dict[str, float] = {
-        "adalora/budget": sum(adapter.budget or 0 for adapter in adapters),
         "adalora/total_rank": sum(module.rank_kept for adapter in adapters for module in adapter.modules),
     }
+    budgets = [adapter.budget for adapter in adapters if adapter.budget is not None]
+    if budgets:
+        numbers["adalora/budget"] = sum(budgets)
     memories = [memory for tuner in found if (memory := known_memory(tuner.rankallocator))]
     if memories:
         numbers["adalora/skipped"] = sum(memory.counts.skipped for memory in memories)
