@@ -626,6 +626,32 @@ def test_advice_on_training_a_pruned_adapter_on(target_r: int, will: str, tmp_pa
 
 
 @pytest.mark.peft
+def test_first_call_for_a_pruned_adapter_warns(tmp_path: Path, said: Callable[[], list[str]]) -> None:
+    _, model = trained_on(tmp_path, INIT_R // 2)
+    assert said() == []
+    advance(model, 1, 2)
+    assert said() == [
+        "AdaLoRA's adapter 'default' was loaded with 12 ranks, but its budget begins at 24, as PEFT counted it before "
+        "it cut the tensors. So update_and_allocate prunes too many ranks, or fails in torch.kthvalue, and PEFT cannot "
+        "load what is saved after it. To train these ranks on, leave out the calls; to allocate ranks anew, train a "
+        "fresh adapter."
+    ]
+
+
+@pytest.mark.peft
+def test_first_call_for_an_adapter_beside_a_pruned_one_warns_of_nothing(
+    tmp_path: Path, said: Callable[[], list[str]]
+) -> None:
+    train(branches(config={"target_modules": LINEARS}), str(tmp_path))
+    model = build(branches(config={"target_modules": LINEARS}))
+    # PEFT's own substring test counts the names of both.
+    model.load_adapter(str(tmp_path), "default_eval")
+    model.set_adapter("default")
+    advance(model, 1)
+    assert not [message for message in said() if "its budget begins" in message]
+
+
+@pytest.mark.peft
 def test_a_pruned_adapter_that_is_trained_on_without_allocating_loads(tmp_path: Path) -> None:
     base, model = trained_on(tmp_path, TARGET_R)
     ranks = {module.name: module.rank_kept for module in only(model).modules}
