@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from io import BytesIO
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .layers import places, short_labels
@@ -133,10 +134,10 @@ def plot_history(adapter: AdapterReport, path: str | os.PathLike[str] | None = N
     lower.set_xlabel("step")
     for axes, highest in ((upper, max(total + budget)), (lower, max(skipped))):
         axes.set_ylim(0, 1.1 * max(1, highest))
-        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.spines[["top", "right"]].set_visible(False)
     upper.set_xlim(steps[0], steps[-1])
-    upper.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    upper.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     figure.align_ylabels([upper, lower])
     return _finish(figure, upper, path, ending)
 
@@ -190,10 +191,12 @@ def _stack(kind: str) -> str:
 def _without_common_parts(names: list[str]) -> dict[str, str]:
     """Return each dotted name without the parts that all of them begin or end with."""
     parts = [name.split(".") for name in names]
-    while all(len(p) > 1 and p[0] == parts[0][0] for p in parts) and parts:
-        parts = [p[1:] for p in parts]
-    while all(len(p) > 1 and p[-1] == parts[0][-1] for p in parts) and parts:
-        parts = [p[:-1] for p in parts]
+    # From the front, and then, turned round, from the back.
+    for _ in range(2):
+        # At least one part of each name stays.
+        together = zip(*(p[:-1] for p in parts), strict=False)
+        common = len(list(takewhile(lambda column: len(set(column)) == 1, together)))
+        parts = [p[common:][::-1] for p in parts]
     return {name: ".".join(p) for name, p in zip(names, parts, strict=True)}
 
 

@@ -149,6 +149,7 @@ def test_scale_reaches_from_none_to_the_most_ranks_but_has_a_length(ranks: int, 
     axes = plot_ranks(adapter(started([module("layers.0.q", 0), module("layers.1.q", 0)], ranks)))
     _, scale = axes.figure.axes
     assert scale.get_ylim() == (0, top)
+    assert all(tick.is_integer() for tick in scale.get_yticks())
 
 
 def test_columns_are_one_apart_and_the_one_without_a_layer_stands_aside() -> None:
