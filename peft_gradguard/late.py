@@ -35,6 +35,10 @@ ZERO = (
     "The %d AdaLoRA parameters have only gradients that are exactly zero %s, and the optimizer used these: such a step "
     "scores nothing. Does the loss depend on the adapter?"
 )
+ZERO_SHARDED = (
+    "The %d AdaLoRA parameters, sharded by FSDP, have only gradients that are exactly zero %s: such a step scores "
+    "nothing. If update_and_allocate is called after zero_grad(set_to_none=False), no step ever will. %s"
+)
 
 
 class KeptGradients:

@@ -50,8 +50,9 @@ def _log_modules_to_save(allocator: RankAllocator, view: ModelView) -> None:
 def name_pruned_adapter(allocator: RankAllocator, view: ModelView) -> None:
     """Warn where fewer ranks are there than PEFT has counted: it counts before it cuts an adapter that it loads."""
     energies = {p.name.replace("lora_E", "%s"): p.parameter for p in view.adalora_parameters if p.factor == "E"}
-    ranks = sum(len(energies[name]) for name in allocator.name_set if name in energies)
-    if len(energies) == len(allocator.name_set) and ranks < allocator.init_bgt:
+    ranks = sum(map(len, energies.values()))
+    # Other names are those of other adapters (PEFT's substring test), or of modules that FSDP has wrapped since.
+    if energies.keys() == set(allocator.name_set) and ranks < allocator.init_bgt:
         memory_of(allocator).warn_once(
             "pruned",
             "AdaLoRA's adapter %r was loaded with %d ranks, but its budget begins at %d, as PEFT counted it before it "

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from .errors import NoGradientError
 from .gradients import magnitudes, step_gradients
-from .late import CAUSES, KEEPING, LATE, LATE_AND_ZERO, REMEDY, ZERO, KeptGradients
+from .late import CAUSES, KEEPING, LATE, LATE_AND_ZERO, REMEDY, ZERO, ZERO_SHARDED, KeptGradients
 from .parameters import EXCLUDED, FROZEN, NON_FINITE
-from .shards import refuse_flat_parameters, refuse_late_call, require_whole_gradients
+from .shards import gradients_can_be_kept, refuse_flat_parameters, refuse_late_call, require_whole_gradients
 from .skips import memory_of
 from .zero import require_gradients
 
@@ -154,10 +154,13 @@ def _late_call(allocator: RankAllocator, memory: Memory, view: ModelView, gradie
     """Take the call to come after ``zero_grad``: keep gradients from now on, or give up where that has not helped.
 
     Gradients that are all exactly zero are no proof: the loss may have given them, as one of equal rewards does. So
-    that is said once the optimizer is seen to use others.
+    that is said once the optimizer is seen to use others; where nothing can be kept, both are said.
     """
-    refuse_late_call(view.adalora_parameters, at)
     kept, zeroed, count = memory.kept, gradients.zeroed, len(gradients.reasons)
+    if zeroed and not gradients_can_be_kept(view.adalora_parameters):
+        memory.warn_once("zeros", ZERO_SHARDED, count, at, REMEDY)
+        return
+    refuse_late_call(view.adalora_parameters, at)
     if kept is None:
         kept = memory.kept = KeptGradients(view.adalora_parameters, suspicion=zeroed)
     elif zeroed and kept.copies and kept.lending:

@@ -43,8 +43,13 @@ def keep_masks(view: ModelView, pattern: dict[str, list[bool]]) -> None:
                 mask_master_copy(parameter.parameter, torch.tensor(pattern[parameter.name]))
 
 
+def gradients_can_be_kept(parameters: Sequence[AdaLoraParameter]) -> bool:
+    """Say whether gradients can be kept for later calls. FSDP frees them, or shows them only on request."""
+    return not any(p.shard is not None or hasattr(p.parameter, "_fsdp_flattened") for p in parameters)
+
+
 def refuse_late_call(parameters: Sequence[AdaLoraParameter], at: str) -> None:
-    """Raise where gradients cannot be kept for later calls: FSDP frees them, or shows them only on request."""
+    """Raise where there is no gradient, and none can be kept for later calls."""
     if any(parameter.shard is not None for parameter in parameters):
         raise NoGradientError(
             f"None of the {len(parameters)} AdaLoRA parameters, sharded by FSDP2, has a gradient {at}: call "

@@ -41,6 +41,17 @@ def test_frozen(torchrun: Launch, script: str) -> None:
         assert_left_to_peft(reports, "frozen", "is sharded")
 
 
+@pytest.mark.parametrize("script", ["fsdp1", "fsdp2"])
+def test_loss_that_gives_zeros_at_the_first_steps(torchrun: Launch, script: str) -> None:
+    reports = torchrun(script, "guard")
+    result = assert_right(reports, "zero loss")
+    assert [not state["scores"] for state in result["history"][:3]] == [True, True, False]
+    assert same(result["history"][4]["scores"], result["history"][3]["scores"])
+    for report in reports:
+        said = [record["message"] for record in report["zero loss"]["records"] if "zero" in record["message"]]
+        assert ["sharded by FSDP" in message and "step 1)" in message for message in said] == [True]
+
+
 def test_unused(torchrun: Launch) -> None:
     names = factors(*BRANCHES)
     assert_right(torchrun("fsdp2", "guard"), "unused on both", 2)

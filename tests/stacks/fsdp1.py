@@ -22,22 +22,25 @@ def wrapped(model: nn.Module, nested: bool = False, use_orig_params: bool = True
     return FSDP(model, use_orig_params=use_orig_params, auto_wrap_policy=policy, device_id=torch.device("cpu"))
 
 
-def step_once(fsdp: nn.Module, step: int, used: bool) -> None:
+def step_once(fsdp: nn.Module, step: int, used: bool, factor: float = 1.0) -> None:
     # A loss from outside: in nested units the parameters are sharded again where AdaLoraModel.forward regularises them.
     inputs = batch(step, used)
     labels = inputs.pop("labels")
-    nn.functional.cross_entropy(fsdp(**inputs).logits, labels).backward()
+    (nn.functional.cross_entropy(fsdp(**inputs).logits, labels) * factor).backward()
 
 
 def train(
-    used: Callable[[int], bool] = lambda step: True, frozen: tuple[str, ...] = (), nested: bool = False
+    used: Callable[[int], bool] = lambda step: True,
+    frozen: tuple[str, ...] = (),
+    nested: bool = False,
+    zero_steps: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     model = model_for(*frozen).base_model
     fsdp = wrapped(model, nested)
     optimizer = torch.optim.AdamW(fsdp.parameters(), lr=1e-2)
     history = []
     for step in range(1, TOTAL + 1):
-        step_once(fsdp, step, used(step))
+        step_once(fsdp, step, used(step), 0.0 if step in zero_steps else 1.0)
         optimizer.step()
         with FSDP.summon_full_params(fsdp, with_grads=True):
             model.update_and_allocate(step)
@@ -104,6 +107,7 @@ if __name__ == "__main__":
             "unused on both": lambda: train(lambda step: False),
             "unused, nested": lambda: train(lambda step: False, nested=True),
             "frozen": lambda: train(frozen=("trunk.0",)),
+            "zero loss": lambda: train(zero_steps=(1, 2, 5)),
             "outside": outside,
             "without gradients": without_gradients,
             "after zero_grad": after_zero_grad,

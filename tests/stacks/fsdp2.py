@@ -34,6 +34,7 @@ def train(
     nested: bool = False,
     regularised: bool = False,
     reshard: bool = True,
+    zero_steps: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     model = sharded(model_for(*frozen).base_model, nested, reshard)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -42,7 +43,7 @@ def train(
         if regularised:
             model(**batch(step, used(step))).loss.backward()
         else:
-            step_once(model, step, used(step))
+            step_once(model, step, used(step), 0.0 if step in zero_steps else 1.0)
         optimizer.step()
         model.update_and_allocate(step)
         optimizer.zero_grad()
@@ -67,6 +68,7 @@ if __name__ == "__main__":
             "regularised, nested": lambda: train(nested=True, regularised=True),
             "regularised, nested, not resharded": lambda: train(nested=True, regularised=True, reshard=False),
             "frozen": lambda: train(frozen=("trunk.0",)),
+            "zero loss": lambda: train(zero_steps=(1, 2, 5)),
             "after zero_grad": after_zero_grad,
             "unused on both": lambda: train(lambda step: False),
         }
