@@ -181,9 +181,12 @@ def optimizer(model: peft.PeftModel) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
+@pytest.mark.parametrize("frozen_part", ["", "trunk.0"])
 def test_loop_in_the_documented_order_registers_no_hook(
-    model: peft.PeftModel, optimizer: torch.optim.Optimizer, hooks: dict[int, Any]
+    model: peft.PeftModel, optimizer: torch.optim.Optimizer, hooks: dict[int, Any], frozen_part: str
 ) -> None:
+    if frozen_part:
+        frozen(frozen_part)(model, 0)
     for step in range(1, TOTAL + 1):
         loss_of(model, sometimes(step), False).backward()
         gradient = weakref.ref(next(p.grad for p in model.parameters() if p.grad is not None))
@@ -455,19 +458,20 @@ def test_late_loop_whose_closure_zeroes_at_its_end_is_rescued(
         assert torch.equal(ipt, (parameters[name] * gradients[name]).abs())
 
 
+@pytest.mark.parametrize("accumulation", [2, 3])
 def test_late_call_after_micro_batches_in_time_is_found_among_zeros(
-    model: peft.PeftModel, optimizer: torch.optim.Optimizer, caplog: pytest.LogCaptureFixture
+    model: peft.PeftModel, optimizer: torch.optim.Optimizer, accumulation: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     allocator = model.base_model.rankallocator
     for step in (1, 2):
-        for micro in (1, 2):
+        for micro in range(1, accumulation + 1):
             loss_of(model, vectors(10 * step + micro), False).backward()
-            if micro == 2:
+            if micro == accumulation:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
             before = dict(allocator.ipt)
             model.base_model.update_and_allocate(step)
-            if (step, micro) == (1, 2):
+            if (step, micro) == (1, accumulation):
                 assert all(allocator.ipt[name] is ipt for name, ipt in before.items())
     assert all(allocator.ipt[name] is not ipt for name, ipt in before.items())
     assert ["but the optimizer used others" in message for message in messages(caplog)] == [True]
