@@ -407,6 +407,16 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def test_two_modules_that_are_missing(saved: Path) -> None:
+    shapes = {"A": (3, 4), "B": (5, 3), "E": (3, 1)}
+    tensors = {f"base_model.model.q.lora_{factor}": torch.zeros(shape) for factor, shape in shapes.items()}
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    for missing, more in ((["k"], "are missing$"), (["k", "v"], "are missing, and of 1 more$")):
+        change(saved, rank_pattern={f"{module}.lora_E": [True] * 3 for module in ["q", *missing]})
+        with pytest.raises(SavedAdapterError, match=f"the weights of k, .*{more}"):
+            read(saved)
+
+
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_problem_is_one_line_on_stderr(saved: Path, inspect: Inspect, problem: str) -> None:
     spoil, expected = PROBLEMS[problem]

@@ -676,17 +676,23 @@ def test_a_fresh_adapter_on_a_merged_one_is_allocated(tmp_path: Path) -> None:
 
 
 @pytest.mark.peft
-def test_advice_on_training_a_pruned_adapter_on_with_a_part_of_it_frozen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target_r", "part"), [(2, "trunk"), (2, "branch"), (2, "branch.0"), (3, "trunk"), (4, "trunk"), (4, "branch")]
+)
+def test_advice_on_training_a_pruned_adapter_on_with_a_part_of_it_frozen(
+    target_r: int, part: str, tmp_path: Path
+) -> None:
     # What is ranked is another set then, so that the guard lets PEFT count anew.
-    _, model = trained_on(tmp_path, TARGET_R, frozen("trunk"))
-    there = sum(module.rank_kept for module in only(model).modules if module.name.startswith("branch"))
-    will = f"leave {2 * TARGET_R} of {there} ranks" if there > 2 * TARGET_R else "fail in torch.kthvalue"
+    _, model = trained_on(tmp_path, target_r, frozen(part))
+    ranked = [module for module in only(model).modules if not module.name.startswith(part)]
+    there, target = sum(module.rank_kept for module in ranked), target_r * len(ranked)
+    will = f"leave {target} of {there} ranks" if there > target else "fail in torch.kthvalue"
     (advice,) = only(model).advice
-    assert f"loaded with {4 * TARGET_R} ranks, but its budget begins at {4 * INIT_R}" in advice
+    assert f"loaded with {4 * target_r} ranks, but its budget begins at {4 * INIT_R}" in advice
     assert f"update_and_allocate will {will}, and" in advice
     if "leave" in will:
         advance(model, *range(1, FINALISING + 1), optimise=True)
-        assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 2 * TARGET_R
+        assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == target
     else:
         with pytest.raises(RuntimeError, match="kthvalue"):
             advance(model, *range(1, FINALISING + 1), optimise=True)
