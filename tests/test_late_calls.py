@@ -307,13 +307,19 @@ def test_steps_of_another_optimizer_do_not_touch_kept_gradients(
     assert len(model.base_model.rankallocator.exp_avg_ipt) == 12
 
 
-def test_optimizer_that_never_has_the_adapter_is_named_at_the_second_call(model: peft.PeftModel) -> None:
+@pytest.mark.parametrize(
+    ("set_to_none", "found"), [(True, "no gradient"), (False, "only gradients that are exactly zero")]
+)
+def test_optimizer_that_never_has_the_adapter_is_named_at_the_second_call(
+    model: peft.PeftModel, set_to_none: bool, found: str
+) -> None:
     other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1e-2)
+    named = rf"^The 12 AdaLoRA parameters have {found} \(adapter 'default', step 2\), at the second call in a row"
     for step in (1, 2):
         loss_of(model, vectors(step), False).backward()
         other.step()
-        model.zero_grad()
-        with pytest.raises(peft_gradguard.NoGradientError) if step == 2 else contextlib.nullcontext():
+        model.zero_grad(set_to_none=set_to_none)
+        with pytest.raises(peft_gradguard.NoGradientError, match=named) if step == 2 else contextlib.nullcontext():
             model.base_model.update_and_allocate(step)
 
 

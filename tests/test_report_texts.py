@@ -18,7 +18,7 @@ import pytest
 from peft_gradguard import tables
 from peft_gradguard.layers import Place, places, short_labels
 from peft_gradguard.reports import AdapterReport, HistoryPoint, ModuleReport, ParameterReport, Report, trained
-from peft_gradguard.sections import Section, has_begun, ranges, sections
+from peft_gradguard.sections import Section, has_begun, ranges, sections, summary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -345,6 +345,14 @@ def test_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_html(name: str) -> None:
     assert f"{PAGES[name]()._repr_html_()}\n" == (GOLDEN / f"{name}.html").read_text(encoding="utf-8")
+
+
+def test_one_rank_that_is_not_ranked_comes_on_top() -> None:
+    modules = [module("q"), module("k", 1, 1, ranked=False), module("v", 0, 0, ranked=False)]
+    assert "1 rank of 2 modules not ranked comes on top" in summary(adapter("one", modules))
+    assert "2 ranks of 1 module not ranked come on top" in summary(
+        adapter("two", [modules[0], module("k", 2, 2, ranked=False)])
+    )
 
 
 def test_no_adapter() -> None:
