@@ -356,7 +356,7 @@ def test_one_rank_that_is_not_ranked_comes_on_top() -> None:
 
 
 def test_two_kinds_that_differ_in_a_number_alone_are_merged_among_seventeen() -> None:
-    for count, merged in ((14, False), (15, True)):
+    for count, merged in ((3, False), (14, False), (15, True)):
         modules = [module(letter) for letter in string.ascii_lowercase[:count]] + [module("w1"), module("w2")]
         labels = {row[0] for section in sections(adapter("many", modules)) for row in section.rows}
         assert ("w*" in labels, "w1" in labels) == (merged, not merged)
