@@ -43,6 +43,7 @@ from torch import nn
 import peft_gradguard
 from peft_gradguard import counts as guard_counts
 from peft_gradguard import tables
+from peft_gradguard.advice import _overlap
 from peft_gradguard.skips import known_memory
 
 if TYPE_CHECKING:
@@ -529,6 +530,25 @@ def test_advice_on_exclusions(model: peft.PeftModel) -> None:
         assert adapter.unranked_ranks == 2 * INIT_R
     with peft_gradguard.exclude("*"):
         assert "Everything is excluded" in only(model).advice[0]
+
+
+@pytest.mark.parametrize(
+    ("version", "hurts"),
+    [
+        ("0.15.2", "PEFT 0.15.2 cannot load the saved adapter again as it was"),
+        ("0.16.0", "PEFT saves them whole, so they are never pruned"),
+    ],
+)
+@pytest.mark.parametrize(("inside", "are"), [({"b"}, "b is"), ({"b", "a"}, "a and b are")])
+def test_advice_on_the_overlap_in_words(
+    version: str, hurts: str, inside: set[str], are: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peft, "__version__", version)
+    assert list(_overlap(inside)) == [
+        f"{are} targeted by AdaLoRA and inside modules_to_save: {hurts}. Narrow target_modules so that it leaves them "
+        "out."
+    ]
+    assert list(_overlap(set())) == []
 
 
 @pytest.mark.peft
