@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .exclusions import PEFT_PREFIX, unmatched_patterns
 from .overlap import cannot_reload_overlap
 from .parameters import ranked_triplets, triplets
+from .ranking import budget_name
 from .reports import trained
 
 if TYPE_CHECKING:
@@ -162,11 +163,11 @@ def _pruned_before(
     rows = {f"{module.name}.%s.{allocator.adapter_name}": module.rows for module in modules}
     counted = list(allocator.name_set)
     # Names that are not this adapter's (PEFT's substring test) are advised of elsewhere.
-    if not rows.keys() >= set(counted) or sum(rows[name] for name in counted) >= allocator.init_bgt:
+    there = sum(rows.get(name, 0) for name in counted)
+    if not rows.keys() >= set(counted) or there >= allocator.init_bgt:
         return
-    there = sum(rows[name] for name in counted)
     ranks, init, target = there, allocator.init_bgt, allocator.target_bgt
-    ranked = sorted(t.A.name.replace("lora_A", "%s") for t in ranked_triplets(parameters, {p.name for p in parameters}))
+    ranked = sorted(map(budget_name, ranked_triplets(parameters, {p.name for p in parameters})))
     if ranked != counted:
         # Then the guard lets PEFT count anew.
         ranks = init = sum(rows[name] for name in ranked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .overlap import warn_of_overlap
-from .parameters import INSIDE_MODULES_TO_SAVE, modules_inside_modules_to_save, ranked_triplets, takes_part
+from .parameters import INSIDE_MODULES_TO_SAVE, modules_inside_modules_to_save, ranked_triplets, takes_part, triplets
 from .skips import memory_of
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ def rank(allocator: RankAllocator, view: ModelView) -> list[Triplet]:
     ranked = ranked_triplets(view.adalora_parameters, scored)
     _log_modules_to_save(allocator, view)
     # Once PEFT has forgotten all scores (reset_ipt, at the finalising step) nothing says that the set has changed.
-    if scored and sorted(_budget_name(triplet) for triplet in ranked) != list(allocator.name_set):
+    if scored and sorted(budget_name(triplet) for triplet in ranked) != list(allocator.name_set):
         view.show(triplet.A for triplet in ranked)
         allocator._set_budget_scheduler(view)  # type: ignore[no-untyped-call]
     view.show(part for triplet in ranked for part in triplet if takes_part(part, scored))
     return ranked
 
 
-def _budget_name(triplet: Triplet) -> str:
+def budget_name(triplet: Triplet) -> str:
     """Return the triplet's name in ``RankAllocator.name_set``, as PEFT's ``_set_budget_scheduler`` makes it."""
     return triplet.A.name.replace("lora_A", "%s")
 
@@ -49,10 +49,10 @@ def _log_modules_to_save(allocator: RankAllocator, view: ModelView) -> None:
 
 def name_pruned_adapter(allocator: RankAllocator, view: ModelView) -> None:
     """Warn where fewer ranks are there than PEFT has counted: it counts before it cuts an adapter that it loads."""
-    energies = {p.name.replace("lora_E", "%s"): p.parameter for p in view.adalora_parameters if p.factor == "E"}
-    ranks = sum(map(len, energies.values()))
+    there = {budget_name(triplet): len(triplet.E.parameter) for triplet in triplets(view.adalora_parameters)}
+    ranks = sum(there.values())
     # Other names are those of other adapters (PEFT's substring test), or of modules that FSDP has wrapped since.
-    if energies.keys() == set(allocator.name_set) and ranks < allocator.init_bgt:
+    if there.keys() == set(allocator.name_set) and ranks < allocator.init_bgt:
         memory_of(allocator).warn_once(
             "pruned",
             "AdaLoRA's adapter %r was loaded with %d ranks, but its budget begins at %d, as PEFT counted it before it "
