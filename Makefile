@@ -34,10 +34,10 @@ build: .venv/ready  ## wheel and source distribution, and what checks them
 	$(BIN)/validate-pyproject pyproject.toml
 
 proof: .venv/stacks  ## the guard against the oracle of its rules, in 20,000 random trainings
-	$(BIN)/python -m pytest tests/test_oracle.py -k "not release" --hypothesis-profile=long --hypothesis-show-statistics
+	$(BIN)/python -m pytest tests/whole/test_oracle.py -k "not release" --hypothesis-profile=long --hypothesis-show-statistics
 
 soak: .venv/stacks  ## 50,000 steps and 200 models: memory, log lines, what is left behind
-	$(BIN)/python tests/soak.py
+	$(BIN)/python tests/support/soak.py
 
 cost: .venv/stacks  ## what a start of the interpreter costs
 	$(BIN)/python examples/startup_cost.py 60
