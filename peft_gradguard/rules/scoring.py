@@ -40,7 +40,7 @@ def scoring(call: AllocatorCall) -> Iterator[bool]:
         finally:
             call.any_usable = None
         memory.counts.add(call.step, gradients.reasons)
-    memory.late.scored(call.parameters, lent=gradients.lent)
+    memory.late.scored(call.parameters, own=gradients.came and not gradients.lent)
 
 
 @contextmanager

@@ -82,10 +82,11 @@ class Watch:
 def watch_for_calls(call: AllocatorCall) -> None:
     """From a new allocator on, see at its end (at the latest when the interpreter exits) whether it was ever called."""
     memory, allocator = call.memory, call.allocator
-    energies = (p.parameter for p in call.parameters if p.factor == "E" and p.parameter.requires_grad)
-    energy = next(energies, None)
-    if memory.watched or energy is None:
+    energies = [p.parameter for p in call.parameters if p.factor == "E" and p.parameter.requires_grad]
+    if memory.watched or not energies:
         return
+    # The last one: who freezes layers freezes the first ones.
+    energy = energies[-1]
     memory.watched = True
     # An adapter with a pattern but without a call was loaded, and may be trained on with the ranks that it has.
     watch = Watch(memory, energy, loaded=bool(allocator.peft_config.rank_pattern))

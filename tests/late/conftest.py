@@ -1,27 +1,26 @@
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from scenarios import branches, build
-from torch.optim import optimizer as torch_optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     import peft
 
 
-@pytest.fixture(autouse=True)
-def hooks() -> Iterator[dict[int, Any]]:
-    """The global optimizer hooks, none at first."""
-    hooks = torch_optimizer._global_optimizer_pre_hooks
+@pytest.fixture
+def listening() -> Callable[[], int]:
+    """How many listen to the steps of optimizers; none at first."""
+    from peft_gradguard.late import optimizers
+
     gc.collect()
-    hooks.clear()
-    yield hooks
-    hooks.clear()
+    before = [listener() for listener in optimizers._listeners]
+    return lambda: len([one for one in optimizers._listeners if one() is not None and one() not in before])
 
 
 @pytest.fixture

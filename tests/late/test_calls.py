@@ -151,20 +151,19 @@ def test_unused_branch_keeps_its_scores_in_a_late_loop(model: peft.PeftModel, op
         assert (score is before[name]) == name.startswith("branch."), name
 
 
-@pytest.mark.parametrize(
-    ("set_to_none", "found"), [(True, "no gradient"), (False, "only gradients that are exactly zero")]
-)
-def test_optimizer_that_never_has_the_adapter_is_named_at_the_second_call(
-    model: peft.PeftModel, set_to_none: bool, found: str
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_optimizer_that_never_has_the_adapter_is_named_after_some_calls(
+    model: peft.PeftModel, set_to_none: bool
 ) -> None:
+    """Until then it might be a GradScaler that leaves out the steps of the adapter's optimizer."""
     other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1e-2)
-    named = rf"^The 12 AdaLoRA parameters have {found} \(adapter 'default', step 2\), at the second call in a row"
-    for step in (1, 2):
-        loss_of(model, vectors(step), False).backward()
+    named = r"have no gradient left \(adapter 'default', step 1\), and in the last 50 calls no torch optimizer"
+    for call in range(1, 52):
+        loss_of(model, vectors(call), False).backward()
         other.step()
         model.zero_grad(set_to_none=set_to_none)
-        with pytest.raises(peft_gradguard.NoGradientError, match=named) if step == 2 else contextlib.nullcontext():
-            model.base_model.update_and_allocate(step)
+        with pytest.raises(peft_gradguard.NoGradientError, match=named) if call == 51 else contextlib.nullcontext():
+            model.base_model.update_and_allocate(1)
 
 
 def test_adapter_that_never_takes_part_is_named_at_the_second_call(
@@ -239,7 +238,7 @@ def test_steps_whose_loss_gives_zeros_only_score_nothing(
     optimizer: torch.optim.Optimizer,
     zero_steps: set[int],
     order: str,
-    hooks: dict[int, Any],
+    listening: Callable[[], int],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     scores: dict[str, torch.Tensor] = {}
@@ -248,7 +247,7 @@ def test_steps_whose_loss_gives_zeros_only_score_nothing(
         now = model.base_model.rankallocator.exp_avg_ipt
         assert all((now[name] is score) == (step in zero_steps) for name, score in scores.items())
         scores = dict(now)
-        assert bool(hooks) == (step in zero_steps)
+        assert bool(listening()) == (step in zero_steps)
     in_a_row = [step for step in sorted(zero_steps) if step - 1 in zero_steps]
     assert len(messages(caplog)) == bool(in_a_row)
     if in_a_row:

@@ -1,4 +1,4 @@
-"""Hooks on optimizers: none in the documented order, and gone whenever a model goes."""
+"""Who listens to optimizers: nobody in the documented order, and nobody whose model has gone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scenarios import FINALISING, TOTAL, branches, build, frozen, loss_of, somet
 from steps import late_step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import peft
 
@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.peft]
 
 
 @pytest.mark.parametrize("frozen_part", ["", "trunk.0"])
-def test_loop_in_the_documented_order_registers_no_hook(
-    model: peft.PeftModel, optimizer: torch.optim.Optimizer, hooks: dict[int, Any], frozen_part: str
+def test_loop_in_the_documented_order_listens_to_no_optimizer(
+    model: peft.PeftModel, optimizer: torch.optim.Optimizer, listening: Callable[[], int], frozen_part: str
 ) -> None:
     if frozen_part:
         frozen(frozen_part)(model, 0)
@@ -32,7 +32,7 @@ def test_loop_in_the_documented_order_registers_no_hook(
         model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
         assert gradient() is None
-        assert not hooks
+        assert not listening()
 
 
 class Collecting(list[Any]):
@@ -44,7 +44,7 @@ class Collecting(list[Any]):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
-def test_model_that_goes_away_amid_the_hooks_of_another_one(steps: int, hooks: dict[int, Any]) -> None:
+def test_model_that_goes_away_amid_the_hooks_of_another_one(steps: int, listening: Callable[[], int]) -> None:
     gc.disable()
     try:
         gone, model = build(branches()), build(branches())
@@ -61,8 +61,7 @@ def test_model_that_goes_away_amid_the_hooks_of_another_one(steps: int, hooks: d
         optimizer.step()
         assert alive() is None
         model.base_model.update_and_allocate(2)
-        # Those that could not go meanwhile have gone with the next ones.
         model.base_model.update_and_allocate(FINALISING)
-        assert not hooks
+        assert not listening()
     finally:
         gc.enable()

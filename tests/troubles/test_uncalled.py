@@ -54,6 +54,8 @@ def test_never_called(
     # What ends with the interpreter in a script ends here with the allocator.
     del model.base_model.rankallocator
     gc.collect()
+    # It is said at the next occasion, not from inside the garbage collection.
+    build(branches())
     assert len(said()) == 1
     assert "update_and_allocate was never called" in said()[0]
 
@@ -69,6 +71,7 @@ def test_never_called_where_no_rank_could_be_pruned(
     fit(model, 1)
     del model.base_model.rankallocator
     gc.collect()
+    build(branches())
     assert said() == []
 
 
@@ -84,6 +87,7 @@ def test_adapter_that_was_only_loaded_was_not_trained(
         torch.optim.SGD([other], 0.1).step()
     del model.base_model.rankallocator
     gc.collect()
+    build(branches())
     assert said() == []
 
 
@@ -95,6 +99,7 @@ def test_trained_after_something_was_loaded(model: peft.PeftModel, said: Callabl
         optimizer.step()
     del model.base_model.rankallocator
     gc.collect()
+    build(branches())
     assert ["update_and_allocate was never called" in message for message in said()] == [True]
 
 
@@ -113,35 +118,8 @@ def test_calls_made_while_the_guard_is_off_are_not_missed(
     peft_gradguard.enable()
     del model.base_model.rankallocator
     gc.collect()
+    build(branches())
     assert said() == []
-
-
-def test_optimizers_are_watched_until_every_allocator_was_called() -> None:
-    program = f"""
-import sys; sys.path[:0] = {[str(SUPPORT)]!r}
-import peft_gradguard, torch
-from scenarios import branches, build, loss_of, vectors
-from torch.optim import optimizer as torch_optimizer
-counts = []
-def count():
-    counts.append(len(torch_optimizer._global_optimizer_pre_hooks))
-models = [build(branches()), build(branches())]
-count()
-for model in models:
-    optimizer = torch.optim.AdamW(model.parameters())
-    loss_of(model, vectors(1), True).backward()
-    optimizer.step()
-    model.base_model.update_and_allocate(1)
-    count()
-    model.base_model.update_and_allocate(2)
-models.append(build(branches()))
-count()
-models[-1].base_model.update_and_allocate(100)
-count()
-print(counts)
-"""
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout == "[2, 1, 0, 1, 0]\n"
 
 
 @pytest.mark.parametrize(("steps", "warned"), [(0, False), (TOTAL, True)])
