@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import sys
 
-from .counts import keep_history
 from .errors import NoGradientError, TrainingStackError
-from .exclusions import exclude
-from .reports import Report
+from .memory.counts import keep_history
+from .model.exclusions import exclude
+from .report.report import Report
 from .settings import read_switch
 
 __version__ = "0.1.0"
@@ -39,13 +39,15 @@ def report(model: object) -> Report:
     DeepSpeed, FSDP, a ``Trainer``). ``print`` what is returned, or see ``Report``. Nothing is changed, and no other
     process is needed. Steps are counted while the guard is on. Raises ``ValueError`` where there is no AdaLoRA model.
     """
-    from .audit import build
+    # torch must not be loaded before it is needed.
+    from .report.audit import build
 
     return build(model)
 
 
 try:
-    from .hooks import disable, disabled, enable, is_enabled
+    from .install import enable
+    from .switch import disable, disabled, is_enabled
 except Exception:
     # wrapt is missing or broken. Our own command is there to say so in words; every other import fails here.
     if not {"peft_gradguard", "peft-gradguard", "peft-gradguard.exe"} & set(map(os.path.basename, sys.orig_argv)):

@@ -1,154 +1,137 @@
 """The wrappers around ``RankAllocator``'s methods: one function per method, each a few lines that read like its rule.
 
-Each calls PEFT's own method with a view of the model, and hands on arguments that it does not know. AdaLoRA's
-arithmetic is PEFT's: what ``fused.py`` computes in its place has been seen, on the same allocator, to be the same bit
-for bit.
+Each calls PEFT's own method (``peft``) with a view of the model, and hands on arguments that it does not know.
+AdaLoRA's arithmetic is PEFT's: what ``speed/`` computes in its place has been seen, on the same allocator, to be the
+same bit for bit.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from .counts import note_step
-from .exclusions import warn_of_unmatched
-from .fused import score
-from .ranking import name_missed_finalising_step, name_pruned_adapter, pattern_by_full_name, rank
-from .replaced import is_own, name_replaced_methods
-from .scoring import scoring, scoring_is_due, stop_keeping_gradients
-from .shards import keep_masks
-from .skips import memory_of
-from .uncalled import note_call, watch_for_calls
-from .undo import undone_on_error
-from .view import ModelView
+from .rules.call import AllocatorCall, call_for, call_under_way, under_way
+from .rules.history import note_step
+from .rules.ranking import pattern_to_mask, rank
+from .rules.scoring import scoring
+from .rules.undo import undone_on_error
+from .speed.fused import score
+from .stacks.stack import keep_masks
+from .troubles.outcome import warn_of_missed_finalising_step
+from .troubles.overlap import warn_of_overlap
+from .troubles.pruned import warn_of_pruned_adapter
+from .troubles.replaced import warn_of_replaced_methods
+from .troubles.uncalled import note_call, watch_for_calls
+from .troubles.unmatched import warn_of_unmatched_patterns
+from .wrapper import is_own
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import torch
     from peft.tuners.adalora import RankAllocator
 
-    from .ranking import RankPattern
-
-    Arguments = tuple[Any, ...]
-    Keywords = dict[str, Any]
+    from .model.pattern import RankPattern
 
 
 def update_and_allocate(
-    wrapped: Callable[..., tuple[int, RankPattern | None]], allocator: RankAllocator, args: Arguments, kwargs: Keywords
+    peft: Callable[..., tuple[int, RankPattern | None]],
+    allocator: RankAllocator,
+    /,
+    model: torch.nn.Module,
+    global_step: int,
+    *rest: Any,
+    **more: Any,
 ) -> tuple[int, RankPattern | None]:
     """Let one walk over the model serve the whole call (``RankAllocator.update_and_allocate``)."""
+    call = AllocatorCall(allocator, model, global_step)
+    warn_of_replaced_methods(call)
+    if not call.memory.called:
+        warn_of_pruned_adapter(call)
+    note_call(call.memory)
+    due = call.scoring_is_due
+    if not due:
+        call.memory.late.stop()
+    # Where user code has put its own update_ipt in place of the guarded one, it is shown what that would be shown.
+    replaced = due and not is_own(allocator, "update_ipt")
+    with under_way(call), undone_on_error(call), scoring(call) if replaced else nullcontext():
+        budget, pattern = peft(call.view, global_step, *rest, **more)
+    note_step(call, not due, budget, pattern)
+    return budget, pattern
 
-    def guarded(model: torch.nn.Module, global_step: int, *rest: Any, **more: Any) -> tuple[int, RankPattern | None]:
-        name_replaced_methods(allocator)
-        due = scoring_is_due(allocator, global_step)
-        if not due:
-            stop_keeping_gradients(allocator)
-        # Where user code has put its own update_ipt in place of the guarded one, it is shown what that would be shown.
-        replaced = due and not is_own(allocator, "update_ipt")
-        with _call(allocator, model, global_step) as view, scoring(allocator, view) if replaced else nullcontext():
-            budget, pattern = wrapped(view, global_step, *rest, **more)
-        note_step(allocator, view, global_step, not due, budget, pattern)
-        return budget, pattern
 
-    return guarded(*args, **kwargs)
-
-
-def update_ipt(wrapped: Callable[..., None], allocator: RankAllocator, args: Arguments, kwargs: Keywords) -> None:
+def update_ipt(
+    peft: Callable[..., None], allocator: RankAllocator, /, model: torch.nn.Module, *rest: Any, **more: Any
+) -> None:
     """Score just the parameters with a usable gradient (``RankAllocator.update_ipt``); the others keep their scores."""
-
-    def guarded(model: torch.nn.Module, *rest: Any, **more: Any) -> None:
-        view = _view(allocator, model)
-        with scoring(allocator, view) as any_usable:
-            if any_usable:
-                wrapped(view, *rest, **more) if rest or more else score(allocator, view, wrapped)
-
-    guarded(*args, **kwargs)
+    call = call_for(allocator, model)
+    with scoring(call) as any_usable:
+        if any_usable:
+            peft(call.view, *rest, **more) if rest or more else score(call, peft)
 
 
 def budget_schedule(
-    wrapped: Callable[..., tuple[int, bool]], allocator: RankAllocator, args: Arguments, kwargs: Keywords
+    peft: Callable[..., tuple[int, bool]], allocator: RankAllocator, /, *args: Any, **more: Any
 ) -> tuple[int, bool]:
     """Let the budget describe the ranked triplets only (``RankAllocator.budget_schedule``).
 
     PEFT asks for the budget after scoring and before masking, whoever scores: the moment to settle what is ranked.
     Outside an allocator call there is no model to look at, and PEFT answers alone.
     """
-    view = memory_of(allocator).view
-    if view is not None:
-        rank(allocator, view)
-    return wrapped(*args, **kwargs)
+    call = call_under_way(allocator)
+    if call is not None:
+        warn_of_overlap(call)
+        rank(call)
+    return peft(*args, **more)
 
 
 def mask_to_budget(
-    wrapped: Callable[..., RankPattern], allocator: RankAllocator, args: Arguments, kwargs: Keywords
+    peft: Callable[..., RankPattern],
+    allocator: RankAllocator,
+    /,
+    model: torch.nn.Module,
+    budget: int,
+    *rest: Any,
+    **more: Any,
 ) -> RankPattern | None:
     """Mask only ranked triplets (``RankAllocator.mask_to_budget``); with none, the pattern that exists stays as it is.
 
     PEFT forgets all scores at its finalising step, and loops that call once per micro-batch come again with that step.
     """
-
-    def guarded(model: torch.nn.Module, budget: int, *rest: Any, **more: Any) -> RankPattern | None:
-        view = _view(allocator, model)
-        warn_of_unmatched(memory_of(allocator), view.adalora_parameters)
-        if rank(allocator, view):
-            pattern = wrapped(view, budget, *rest, **more)
-            keep_masks(view, pattern)
-            return pattern
-        existing: RankPattern | None = allocator.peft_config.rank_pattern
-        return existing
-
-    return guarded(*args, **kwargs)
+    call = call_for(allocator, model)
+    warn_of_unmatched_patterns(call)
+    warn_of_overlap(call)
+    if rank(call):
+        pattern = peft(call.view, budget, *rest, **more)
+        keep_masks(call.parameters, pattern)
+        return pattern
+    existing: RankPattern | None = allocator.peft_config.rank_pattern
+    return existing
 
 
 def mask_using_rank_pattern(
-    wrapped: Callable[..., None], allocator: RankAllocator, args: Arguments, kwargs: Keywords
+    peft: Callable[..., None],
+    allocator: RankAllocator,
+    /,
+    model: torch.nn.Module,
+    rank_pattern: RankPattern | None,
+    *rest: Any,
+    **more: Any,
 ) -> None:
     """In the final phase, mask only names in the pattern (``RankAllocator.mask_using_rank_pattern``)."""
-
-    def guarded(model: torch.nn.Module, rank_pattern: RankPattern | None, *rest: Any, **more: Any) -> None:
-        note_call(memory_of(allocator))
-        stop_keeping_gradients(allocator)
-        name_missed_finalising_step(allocator, rank_pattern)
-        view = _view(allocator, model)
-        masked = dict(pattern_by_full_name(view.adalora_parameters, rank_pattern or {}, allocator.adapter_name))
-        if masked:
-            view.show(parameter for parameter in view.adalora_parameters if parameter.name in masked)
-            wrapped(view, masked, *rest, **more)
-            keep_masks(view, masked)
-
-    guarded(*args, **kwargs)
+    call = call_for(allocator, model)
+    note_call(call.memory)
+    call.memory.late.stop()
+    warn_of_missed_finalising_step(call, rank_pattern)
+    masked = pattern_to_mask(call, rank_pattern)
+    if masked:
+        peft(call.view, masked, *rest, **more)
+        keep_masks(call.parameters, masked)
 
 
 def _set_budget_scheduler(
-    wrapped: Callable[..., None], allocator: RankAllocator, args: Arguments, kwargs: Keywords
+    peft: Callable[..., None], allocator: RankAllocator, /, model: torch.nn.Module, *rest: Any, **more: Any
 ) -> None:
     """Meet each new allocator: PEFT counts its budget for the first time (``RankAllocator._set_budget_scheduler``)."""
-
-    def guarded(model: torch.nn.Module, *rest: Any, **more: Any) -> None:
-        wrapped(model, *rest, **more)
-        watch_for_calls(allocator, _view(allocator, model))
-
-    guarded(*args, **kwargs)
-
-
-@contextmanager
-def _call(allocator: RankAllocator, model: torch.nn.Module, step: int) -> Iterator[ModelView]:
-    """Remember view and step for the methods that PEFT calls from ``update_and_allocate``, and only so long."""
-    memory = memory_of(allocator)
-    first = not memory.called
-    note_call(memory)
-    view = _view(allocator, model)
-    if first:
-        name_pruned_adapter(allocator, view)
-    before = memory.view, memory.step
-    memory.view, memory.step = view, step
-    try:
-        with undone_on_error(allocator):
-            yield view
-    finally:
-        memory.view, memory.step = before
-
-
-def _view(allocator: RankAllocator, model: torch.nn.Module) -> ModelView:
-    return model if isinstance(model, ModelView) else ModelView(model, allocator.adapter_name)
+    peft(model, *rest, **more)
+    watch_for_calls(call_for(allocator, model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from typing import Any
 
@@ -18,3 +19,18 @@ def say(level: int, message: str, *args: Any, extra: dict[str, Any] | None = Non
         # The program may have closed its stderr too: then the message is lost.
         with contextlib.suppress(Exception):
             print(f"peft_gradguard: {message % args} (logging failed on this: {error!r})", file=sys.stderr)
+
+
+def said_level() -> int:
+    """WARNING on the first process of a distributed run and outside of one, DEBUG on the others."""
+    return logging.DEBUG if distributed_rank() else logging.WARNING
+
+
+def distributed_rank() -> int:
+    """Return this process' rank: torch.distributed's where it is initialised, else the launcher's ``RANK``, else 0."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        rank: int = distributed.get_rank()
+        return rank
+    rank_text = os.environ.get("RANK", "")
+    return int(rank_text) if rank_text.isdecimal() else 0

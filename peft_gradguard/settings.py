@@ -25,17 +25,12 @@ def read_switch(environ: Mapping[str, str] = os.environ) -> bool | None:
     Case and surrounding blanks do not matter; an empty value counts as unset. A value that is neither on nor off gives
     a ``RuntimeWarning`` that names the accepted ones, and None.
     """
-    value = environ.get(SWITCH, "").strip().lower()
-    if value in ON:
-        return True
-    if value in OFF:
-        return False
-    if value and environ[SWITCH] != _warned_of_at_start():
-        warn(
-            f"{SWITCH}={environ[SWITCH]!r} is not understood and is ignored: set it to one of "
-            f"{', '.join(ON)} (guard on) or {', '.join(OFF)} (guard off), in any case."
-        )
-    return None
+    return _read(SWITCH, "guard on", "guard off", environ)
+
+
+def read_fused(environ: Mapping[str, str] = os.environ) -> bool:
+    """Say whether the guard may compute PEFT's scores itself (``speed/``): yes, unless ``PEFT_GRADGUARD_FUSED=0``."""
+    return _read(FUSED, "score all parameters at once", "leave scoring to PEFT", environ) is not False
 
 
 def read_exclusions(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
@@ -44,18 +39,18 @@ def read_exclusions(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     return tuple(pattern for pattern in map(str.strip, patterns.split(",")) if pattern) if patterns else ()
 
 
-def read_fused(environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the guard may compute PEFT's scores itself (``fused.py``): yes, unless ``PEFT_GRADGUARD_FUSED=0``.
-
-    Values are read as those of ``PEFT_GRADGUARD`` are.
-    """
-    value = environ.get(FUSED, "").strip().lower()
-    if value and value not in ON + OFF:
+def _read(name: str, on: str, off: str, environ: Mapping[str, str]) -> bool | None:
+    value = environ.get(name, "").strip().lower()
+    if value in ON:
+        return True
+    if value in OFF:
+        return False
+    if value and not (name == SWITCH and environ[name] == _warned_of_at_start()):
         warn(
-            f"{FUSED}={environ[FUSED]!r} is not understood and is ignored: set it to one of "
-            f"{', '.join(ON)} (score all parameters at once) or {', '.join(OFF)} (leave scoring to PEFT), in any case."
+            f"{name}={environ[name]!r} is not understood and is ignored: set it to one of "
+            f"{', '.join(ON)} ({on}) or {', '.join(OFF)} ({off}), in any case."
         )
-    return value not in OFF
+    return None
 
 
 def _warned_of_at_start() -> str | None:
@@ -72,6 +67,6 @@ def warn(message: str) -> None:
     import warnings
 
     try:
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
     except RuntimeWarning:
         print(f"peft_gradguard: {message}", file=sys.stderr)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from ..audit import build, tuners_in
-from ..log import say
-from ..skips import known_memory, said_level
+from ..log import said_level, say
+from ..memory.memory import known_memory
+from ..report.audit import build, tuners_in
 
 if TYPE_CHECKING:
     import torch

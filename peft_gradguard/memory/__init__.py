@@ -1,0 +1,1 @@
+"""What outlives an allocator call: names, numbers and weak references."""

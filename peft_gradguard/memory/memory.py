@@ -1,0 +1,52 @@
+"""The guard's memory of an allocator: what it has said, counted and learnt. It goes away with the allocator."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from ..late.calls import LateCalls
+from .counts import Counts
+from .said import Said
+from .trust import Trust
+
+if TYPE_CHECKING:
+    from peft.tuners.adalora import RankAllocator
+    from torch.utils.hooks import RemovableHandle
+
+
+class Memory:
+    """What the guard remembers of one allocator. Keeps no model alive, and no tensor but gradients for late calls."""
+
+    def __init__(self, adapter: str) -> None:
+        self.adapter = adapter
+        self.said = Said(adapter)
+        self.counts = Counts()
+        self.late = LateCalls()
+        self.trust = Trust()
+        self.called = False
+        """Whether the allocator was ever called."""
+        self.watched = False
+        """Whether it will be seen, at the allocator's end, if it was called."""
+        self.until_called: list[RemovableHandle] = []
+        """What watches the optimizers until the allocator is called."""
+
+
+_memories: dict[int, Memory] = {}
+
+
+def memory_of(allocator: RankAllocator) -> Memory:
+    """Return the memory of this allocator; it goes away with the allocator.
+
+    Found by identity: a subclass may be equal to others of its kind, or not hashable, as data classes are.
+    """
+    memory = _memories.get(id(allocator))
+    if memory is None:
+        memory = _memories[id(allocator)] = Memory(allocator.adapter_name)
+        weakref.finalize(allocator, _memories.pop, id(allocator), None).atexit = False
+    return memory
+
+
+def known_memory(allocator: RankAllocator) -> Memory | None:
+    """Return the memory of this allocator if there is one already."""
+    return _memories.get(id(allocator))

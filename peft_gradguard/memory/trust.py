@@ -1,0 +1,25 @@
+"""How far the scores that ``speed/`` computes are known to be PEFT's, for one allocator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from ..settings import FUSED, read_fused
+
+if TYPE_CHECKING:
+    import torch
+
+    Group = tuple[torch.device, torch.dtype, float, float]
+    """Device, data type, ``beta1`` and ``beta2`` of what is computed and compared together."""
+
+
+class Trust:
+    """What was seen of PEFT's scores and those computed here."""
+
+    def __init__(self) -> None:
+        self.agreed: Counter[Group] = Counter()
+        """The steps in which both ways gave the same."""
+        self.objection = None if read_fused() else f"{FUSED} switches it off"
+        """Why this allocator's scores are left to PEFT for good; None where they are not."""
+        self.said = False

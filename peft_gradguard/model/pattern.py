@@ -1,0 +1,33 @@
+"""The names that PEFT gives triplets: in ``rank_pattern``, and in the budget (``RankAllocator.name_set``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .parameters import AdaLoraParameter, Triplet
+
+RankPattern = dict[str, list[bool]]
+"""Per name of an E, which of its ranks are kept (``RankAllocator.mask_to_budget``)."""
+
+
+def budget_name(triplet: Triplet) -> str:
+    """Return the triplet's name in ``RankAllocator.name_set``, as PEFT's ``_set_budget_scheduler`` makes it."""
+    return triplet.A.name.replace("lora_A", "%s")
+
+
+def pattern_by_full_name(
+    parameters: Sequence[AdaLoraParameter], rank_pattern: RankPattern, adapter: str
+) -> Iterator[tuple[str, list[bool]]]:
+    """Yield the pattern's entries under the parameters' full names, for the E parameters that it names.
+
+    ``save_pretrained`` cuts the adapter's name out of the names in the pattern. PEFT tells the two forms apart by
+    looking for the adapter's name anywhere in the first one, which goes wrong where a module is named like the adapter.
+    """
+    for parameter in parameters:
+        for key in (parameter.name, parameter.name.replace(f".{adapter}", "")):
+            if parameter.factor == "E" and key in rank_pattern:
+                yield parameter.name, rank_pattern[key]
+                break

@@ -1,0 +1,1 @@
+"""What the user asks for: what trains, what is skipped, where the ranks went."""

@@ -1,0 +1,159 @@
+"""Where the structure of a model will hurt AdaLoRA, and what to change. Before training, the audit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..model.parameters import triplets
+from ..troubles.overlap import advice_on_overlap
+from ..troubles.pruned import advice_on_pruned_adapter
+from ..troubles.unmatched import advice_on_exclusions
+from .facts import trained
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import AdaLoraConfig
+    from peft.tuners.adalora import RankAllocator
+
+    from ..memory.counts import Counts
+    from ..model.parameters import AdaLoraParameter, Triplet
+    from .facts import ModuleReport
+
+
+class Look(NamedTuple):
+    """What was found of one adapter."""
+
+    adapter: str
+    adapters: tuple[str, ...]
+    """The names of all adapters of the model."""
+    config: AdaLoraConfig
+    allocator: RankAllocator | None
+    counts: Counts
+    called: bool
+    """Whether the guard saw an allocator call."""
+    parameters: list[AdaLoraParameter]
+    layer_ranks: dict[str, int]
+    """Per module, how many ranks PEFT says that it has; for parameters of which only a piece is here."""
+    pattern: dict[str, list[bool]]
+    inside: set[str]
+    """Modules inside ``modules_to_save``."""
+
+
+def advice(look: Look, modules: tuple[ModuleReport, ...]) -> tuple[str, ...]:
+    """Return what to change about this adapter; nothing for one that is only used (it has no allocator)."""
+    if look.allocator is None:
+        return ()
+    parameters = look.parameters
+    # PEFT forgets the scores at the finalising step: after it nothing is left that could still be scored.
+    scored = bool(look.allocator.exp_avg_ipt)
+    over = trained(modules) and not scored
+    rows = {f"{module.name}.%s.{look.adapter}": module.rows for module in modules}
+    return (
+        *_missing(look.adapter, parameters),
+        *advice_on_overlap(look.inside),
+        *_names(look.adapter, look.adapters, [p.module for p in parameters if p.module not in look.inside]),
+        *(() if over else _nothing_trainable(look.adapter, parameters, scored)),
+        *_partly_frozen(parameters),
+        *_schedule(look.config),
+        *(() if over else advice_on_pruned_adapter(look.allocator, parameters, rows)),
+        *advice_on_exclusions(parameters),
+    )
+
+
+def _missing(adapter: str, parameters: list[AdaLoraParameter]) -> Iterator[str]:
+    if not parameters:
+        yield (
+            f"No parameter's name ends with .lora_A.{adapter}, .lora_B.{adapter} or .lora_E.{adapter}: nothing is "
+            "adapted, or FSDP has made flat parameters of them (wrap with use_orig_params=True)."
+        )
+
+
+def _names(adapter: str, adapters: tuple[str, ...], modules: list[str]) -> Iterator[str]:
+    longer = [other for other in adapters if other != adapter and adapter in other]
+    if longer:
+        yield (
+            f"The name of adapter {_some(list(map(repr, longer)))} contains {adapter!r}: PEFT takes the parameters of "
+            "the one for those of the other, in its regulariser and when it saves. Choose names of which none contains "
+            "another."
+        )
+    alike = [module for module in modules if adapter in module]
+    if modules and any(f"lora_{factor}" in adapter for factor in "ABE"):
+        yield (
+            f"The adapter's name {adapter!r} contains that of a factor (lora_A, lora_B or lora_E): PEFT replaces it "
+            "there too (RankAllocator.mask_to_budget), and training fails with KeyError. Choose another name."
+        )
+    elif alike or (modules and adapter in "lora_E"):
+        # PEFT cuts the adapter's name out of "<module>.lora_E.<adapter>", and looks whether it is still in there.
+        where = f"names of modules ({alike[0]})" if alike else "lora_E, which is in all names of the rank pattern"
+        yield (
+            f"The adapter's name {adapter!r} occurs in {where}: PEFT mixes the two up where it tells them apart by the "
+            "adapter's name, and save_pretrained fails. Choose another name."
+        )
+
+
+def _nothing_trainable(adapter: str, parameters: list[AdaLoraParameter], scored: bool) -> Iterator[str]:
+    if parameters and not any(parameter.parameter.requires_grad for parameter in parameters):
+        hurts = (
+            "nothing is scored or pruned as long as they are"
+            if scored
+            else "update_and_allocate will raise NoGradientError"
+        )
+        yield (
+            f"Nothing is trainable: all {len(parameters)} AdaLoRA parameters are frozen, and {hurts}. "
+            f"model.set_adapter({adapter!r}) makes them trainable."
+        )
+
+
+def _partly_frozen(parameters: list[AdaLoraParameter]) -> Iterator[str]:
+    by_factors: dict[str, list[str]] = {}
+    for triplet in triplets(parameters):
+        by_factors.setdefault(_trains(triplet), []).append(triplet.E.module)
+    pinned = [module for factors in ("A", "B", "AB") for module in by_factors.get(factors, [])]
+    if pinned:
+        yield (
+            f"lora_E of {_some(pinned)} is frozen while lora_A or lora_B trains: the module is never ranked, and keeps "
+            "its full rank. Freeze the whole triplet, or none of it."
+        )
+    if "E" in by_factors:
+        yield (
+            f"Only lora_E of {_some(by_factors['E'])} trains: the module is never ranked, and keeps its full rank. Let "
+            "lora_A or lora_B train too, or freeze the whole triplet."
+        )
+    half = by_factors.get("AE", []) + by_factors.get("BE", [])
+    if half:
+        yield (
+            f"One of lora_A and lora_B of {_some(half)} is frozen: the other one and lora_E alone decide which ranks "
+            "are pruned. Freeze the whole triplet or none of it, unless that is meant."
+        )
+
+
+def _trains(triplet: Triplet) -> str:
+    """Return the factors that train, such as ``"AE"``."""
+    return "".join(part.factor for part in triplet if part.parameter.requires_grad)
+
+
+def _schedule(config: AdaLoraConfig) -> Iterator[str]:
+    if config.target_r >= config.init_r:
+        yield (
+            f"target_r={config.target_r} is not below init_r={config.init_r}: there is nothing to prune, and PEFT "
+            "fails at its first masking step. Choose a target_r below init_r, or plain LoRA."
+        )
+    total: int | None = config.total_step
+    if total is None:
+        yield (
+            "total_step is not set: PEFT fails at the first update_and_allocate. Set it to the number of optimizer "
+            "steps of the whole training."
+        )
+    elif config.tinit + config.tfinal >= total:
+        yield (
+            f"tinit={config.tinit} and tfinal={config.tfinal} leave none of the total_step={total} steps for pruning. "
+            "Set total_step to the number of optimizer steps of the whole training, or lower tinit or tfinal."
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Name one or two, and say how many more there are."""
+    if len(names) <= 2:
+        return " and ".join(names)
+    return f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,248 @@
+"""From a model to its report. Looks, and changes nothing; enters no collective, so one process may ask alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..memory.counts import Count, Counts
+from ..memory.memory import known_memory
+from ..model.exclusions import mark_excluded
+from ..model.marks import is_dtensor, whole_shape
+from ..model.parameters import (
+    EXCLUDED,
+    FROZEN,
+    INSIDE_MODULES_TO_SAVE,
+    NO_GRADIENT,
+    modules_inside_modules_to_save,
+    ranked_triplets,
+)
+from ..model.pattern import pattern_by_full_name
+from ..model.walk import adalora_parameters
+from ..rules.importance import importance
+from .advice import Look, advice
+from .facts import AdapterReport, ModuleReport, ParameterReport, trained
+from .report import Report
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import AdaLoraConfig
+    from peft.tuners.adalora import AdaLoraModel
+
+    from ..model.parameters import AdaLoraParameter, SkipReason
+
+HOLDERS = ("module", "_orig_mod", "model", "base_model")
+"""Where objects that are no modules themselves keep their model: trainers, engines, compiled functions."""
+
+
+def build(model: object) -> Report:
+    """Return the report of all AdaLoRA adapters in ``model``; see ``peft_gradguard.report``."""
+    tuners = list(dict.fromkeys(tuners_in(model)))
+    if not tuners:
+        raise ValueError(_nothing_found(model))
+    return Report(tuple(_adapter(tuner, name) for tuner in tuners for name in tuner.peft_config))
+
+
+def tuners_in(holder: object, depth: int = 0) -> Iterator[AdaLoraModel]:
+    """Yield the AdaLoRA models in a model, or in what holds one; the same one may come more than once."""
+    from peft.tuners.adalora import AdaLoraModel
+
+    if isinstance(holder, torch.nn.Module):
+        yield from (module for module in holder.modules() if isinstance(module, AdaLoraModel))
+    elif depth < 5:
+        for name in HOLDERS:
+            inner = getattr(holder, name, None)
+            if inner is not None:
+                yield from tuners_in(inner, depth + 1)
+
+
+def _nothing_found(model: object) -> str:
+    if isinstance(model, torch.nn.Module) and any(hasattr(module, "lora_E") for module in model.modules()):
+        return (
+            f"report() was given a {type(model).__name__} with AdaLoRA layers but without the AdaLoraModel around "
+            "them, which holds the rank allocator: give it the PeftModel (or what wraps it)."
+        )
+    return (
+        f"report() was given a {type(model).__name__}, in which there is no AdaLoRA model: give it what get_peft_model "
+        "returned for an AdaLoraConfig, or what wraps it (DDP, torch.compile, accelerate, DeepSpeed)."
+    )
+
+
+def _look(tuner: AdaLoraModel, adapter: str) -> Look:
+    allocator = getattr(tuner, "rankallocator", None)
+    if allocator is not None and allocator.adapter_name != adapter:
+        allocator = None
+    memory = known_memory(allocator) if allocator is not None else None
+    config: Any = tuner.peft_config[adapter]
+    parameters = adalora_parameters(tuner.model, adapter)
+    if allocator is not None:
+        parameters = mark_excluded(parameters)
+    return Look(
+        adapter,
+        tuple(tuner.peft_config),
+        config,
+        allocator,
+        memory.counts if memory else Counts(),
+        bool(memory and memory.called),
+        parameters,
+        {
+            name: module.r[adapter]
+            for name, module in tuner.model.named_modules()
+            if hasattr(module, "lora_E") and adapter in getattr(module, "r", {})
+        },
+        dict(pattern_by_full_name(parameters, config.rank_pattern or {}, adapter)),
+        modules_inside_modules_to_save({parameter.module for parameter in parameters}),
+    )
+
+
+def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
+    look = _look(tuner, adapter)
+    ranked = _ranked(look)
+    counts = look.counts.of_each()
+    important = importance(look.allocator, look.parameters) if look.allocator is not None else {}
+    important = important or look.counts.importance
+    factors: dict[str, list[AdaLoraParameter]] = {}
+    for parameter in look.parameters:
+        factors.setdefault(parameter.module, []).append(parameter)
+    modules = tuple(
+        _module(look, name, parts, name in ranked, important.get(name), counts) for name, parts in factors.items()
+    )
+    init, now, target = _budget(look, modules)
+    return AdapterReport(
+        adapter=adapter,
+        step=look.counts.step,
+        init_budget=init,
+        budget=now,
+        target_budget=target,
+        unranked_ranks=sum(module.rank_kept for module in modules if not module.ranked),
+        modules=modules,
+        advice=advice(look, modules),
+        history=tuple(look.counts.history),
+    )
+
+
+def _ranked(look: Look) -> set[str]:
+    """Return the modules in the budget; before training, those that will be if all that trains gets gradients."""
+    scored: Any = look.allocator.exp_avg_ipt if look.allocator is not None else {}
+    if scored:
+        return {triplet.E.module for triplet in ranked_triplets(look.parameters, scored)}
+    if look.called or look.pattern or look.allocator is None:
+        # PEFT has forgotten the scores at its finalising step, or the adapter was loaded.
+        return {parameter.module for parameter in look.parameters if parameter.name in look.pattern}
+    names = {parameter.name for parameter in look.parameters}
+    return {triplet.E.module for triplet in ranked_triplets(look.parameters, names)}
+
+
+def _module(
+    look: Look,
+    name: str,
+    parts: list[AdaLoraParameter],
+    ranked: bool,
+    important: float | None,
+    counts: dict[str, Count],
+) -> ModuleReport:
+    started, kept = _ranks(look, name, parts)
+    return ModuleReport(
+        name=name,
+        rank_started=started,
+        rank_kept=kept,
+        ranked=ranked,
+        reason=_reason(look, name, parts, ranked, counts),
+        importance=important,
+        parameters=tuple(_parameter(look, part, counts.get(part.name, Count())) for part in parts),
+    )
+
+
+def _parameter(look: Look, parameter: AdaLoraParameter, count: Count) -> ParameterReport:
+    return ParameterReport(
+        name=parameter.name,
+        factor=parameter.factor,
+        shape=whole_shape(parameter.parameter),
+        trainable=parameter.parameter.requires_grad,
+        inside_modules_to_save=parameter.module in look.inside,
+        steps_scored=count.scored,
+        steps_skipped=dict(count.skipped),
+        first_step=count.first,
+        last_step=count.last,
+        excluded=parameter.excluded,
+    )
+
+
+def _ranks(look: Look, module: str, parts: list[AdaLoraParameter]) -> tuple[int, int]:
+    """Return how many ranks the module started with, and keeps: by the pattern, or else by the rows of E.
+
+    By the pattern first, because rows that are pruned come back between two masking steps, with the optimizer's next.
+    """
+    for part in parts:
+        if part.name in look.pattern:
+            return len(look.pattern[part.name]), sum(look.pattern[part.name])
+    energies = [part.parameter for part in parts if part.factor == "E"]
+    started = look.layer_ranks.get(module, 0)
+    for energy in energies:
+        if whole_shape(energy):
+            started = whole_shape(energy)[0]
+        # A shard (FSDP2), a piece (ZeRO 3, FSDP1) or a stand-in without values does not tell.
+        if energy.dim() == 2 and not is_dtensor(energy) and not energy.is_meta:
+            kept = int(torch.count_nonzero(energy.detach().any(dim=1)))
+            # All rows of E are zero before the first optimizer step.
+            return started, kept or started
+    return started, started
+
+
+def _reason(
+    look: Look, module: str, parts: list[AdaLoraParameter], ranked: bool, counts: dict[str, Count]
+) -> SkipReason | None:
+    if not ranked:
+        if module in look.inside:
+            return INSIDE_MODULES_TO_SAVE
+        for reason, holds in (
+            (EXCLUDED, [part.factor for part in parts if part.excluded]),
+            (FROZEN, [part.factor for part in parts if part.excluded or not part.parameter.requires_grad]),
+        ):
+            if "E" in holds or {"A", "B"} <= set(holds):
+                return reason
+    often: dict[SkipReason, int] = {}
+    for part in parts:
+        for reason, steps in counts.get(part.name, Count()).skipped.items():
+            often[reason] = often.get(reason, 0) + steps
+    if often:
+        return max(often, key=lambda reason: often[reason])
+    return NO_GRADIENT if look.called and not ranked else None
+
+
+def _budget(look: Look, modules: tuple[ModuleReport, ...]) -> tuple[int | None, int | None, int | None]:
+    """Return the budget at the start, now and in the end; before PEFT has counted the ranked triplets, as it will."""
+    allocator = look.allocator
+    if allocator is None:
+        return None, None, None
+    ranked = [module for module in modules if module.ranked]
+    names = sorted(f"{module.name}.%s.{look.adapter}" for module in ranked)
+    if names == list(allocator.name_set):
+        init, target = allocator.init_bgt, allocator.target_bgt
+    else:
+        init = sum(module.rows for module in ranked)
+        target = look.config.target_r * len(ranked)
+    step = look.counts.step
+    if step is not None:
+        return init, _scheduled(look.config, step, init, target), target
+    # The steps of a training without the guard are not known.
+    return init, None if trained(modules) else init, target
+
+
+def _scheduled(config: AdaLoraConfig, step: int, init: int, target: int) -> int | None:
+    """Ask PEFT's ``RankAllocator.budget_schedule`` for the budget of this step."""
+    from types import SimpleNamespace
+
+    from peft.tuners.adalora import RankAllocator
+
+    # The method as PEFT wrote it, on a stand-in for the allocator: the guard's wrapper would begin a memory of it.
+    schedule: Any = RankAllocator.budget_schedule
+    while hasattr(schedule, "__wrapped__"):
+        schedule = schedule.__wrapped__
+    try:
+        return int(schedule(SimpleNamespace(peft_config=config, init_bgt=init, target_bgt=target), step)[0])
+    except TypeError:
+        # total_step is not set: advice.py says so.
+        return None

@@ -1,0 +1,301 @@
+"""What the tables of a report say: modules grouped by kind, the interesting ones first. ``tables.py`` lays them out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from .facts import trained
+from .layers import places, short_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ..model.parameters import SkipReason
+    from .facts import AdapterReport, ModuleReport, ParameterReport
+
+MANY_KINDS = 16
+"""Where there are more kinds than this (a mixture of experts numbers its own), those that differ in numbers are one."""
+MANY_ROWS = 24
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table. The first column names kinds of modules, and is the one to shorten."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    """What follows beneath it."""
+
+
+class Left(NamedTuple):
+    """Parameters of one kind that are left out for the same reason."""
+
+    kind: str
+    ranked: bool
+    factors: str
+    reason: SkipReason
+
+
+def summary(adapter: AdapterReport) -> list[str]:
+    """Return the facts about the whole, a short line each."""
+    modules = adapter.modules
+    ranked = [module for module in modules if module.ranked]
+    parameters = [parameter for module in modules for parameter in module.parameters]
+    trainable = sum(parameter.trainable for parameter in parameters)
+    started, kept = (sum(getattr(module, field) for module in modules) for field in ("rank_started", "rank_kept"))
+    counted = f"{_number(len(modules), 'module')}, {_number(len(parameters), 'AdaLoRA parameter')}"
+    if not adapter.saved:
+        counted += f", {'none' if not trainable else 'all' if trainable == len(parameters) else trainable} trainable"
+    lines = [counted, f"{kept} of {_number(started, 'rank')} kept"]
+    if adapter.saved:
+        if ranked and adapter.unranked_ranks:
+            others = _number(len(modules) - len(ranked), "module")
+            lines.append(f"{adapter.unranked_ranks} of them in {others} not ranked")
+    elif adapter.init_budget is not None:
+        now = "?" if adapter.budget is None else adapter.budget
+        if not ranked:
+            return [*lines, "nothing is ranked, so nothing is pruned", _scored(adapter, parameters)]
+        rows = sum(module.rows for module in ranked)
+        loaded = not has_begun(adapter) and rows < sum(module.rank_started for module in ranked)
+        only = f", which have only {_number(rows, 'rank')}" if loaded else ""
+        lines.append(
+            f"budget of the {len(ranked)} ranked{only}: "
+            f"{adapter.init_budget} at the start, {now} now, {adapter.target_budget} in the end"
+        )
+        if adapter.unranked_ranks:
+            others = _number(len(modules) - len(ranked), "module")
+            ranks = _number(adapter.unranked_ranks, "rank")
+            lines.append(f"{ranks} of {others} not ranked {'comes' if adapter.unranked_ranks == 1 else 'come'} on top")
+        lines.append(_scored(adapter, parameters))
+    else:
+        lines.append("not trained here: it has no rank allocator")
+    return lines
+
+
+def sections(adapter: AdapterReport) -> list[Section]:
+    """Return the tables of one adapter."""
+    kinds = _Kinds(adapter.modules)
+    found = [] if adapter.init_budget is None else _left_out(adapter, kinds)
+    found.append(_by_kind(adapter, kinds))
+    if any(module.rank_kept != module.rank_started for module in adapter.modules):
+        found += _by_layer(adapter, kinds)
+    return [section for section in found if section.rows]
+
+
+def has_begun(adapter: AdapterReport) -> bool:
+    """Say whether the report is one of a training under way or done, or of what it left, not an audit before it."""
+    return adapter.saved or adapter.step is not None or trained(adapter.modules) or _counted(adapter)
+
+
+def _counted(adapter: AdapterReport) -> bool:
+    return any(p.steps_scored or p.steps_skipped for module in adapter.modules for p in module.parameters)
+
+
+def ranges(layers: Iterable[int | None]) -> str:
+    """Return ``0-3, 5, 7-9``; the modules without a layer's number add nothing."""
+    runs: list[list[int]] = []
+    for layer in sorted({layer for layer in layers if layer is not None}):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(_span(first, last) for first, last in runs)
+
+
+def _span(first: int, last: int, join: str = "-") -> str:
+    return str(first) if first == last else f"{first}{join}{last}"
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def _scored(adapter: AdapterReport, parameters: Sequence[ParameterReport]) -> str:
+    if not has_begun(adapter):
+        return "nothing scored yet"
+    if trained(adapter.modules) and not _counted(adapter):
+        return "parameters scored: not counted, for the guard was off"
+    always = [p for p in parameters if p.steps_scored and not p.steps_skipped]
+    never = [p for p in parameters if not p.steps_scored]
+    sometimes = len(parameters) - len(always) - len(never)
+    words = ((always, "at every step"), (never, "never"))
+    if len(never) == len(parameters):
+        return "no parameter was ever scored"
+    parts = [f"{len(which)} {word}" for which, word in words if which]
+    if sometimes:
+        parts.insert(1 if always else 0, f"{sometimes} at times")
+    steps = [p.last_step for p in parameters if p.last_step is not None]
+    return f"parameters scored: {', '.join(parts)}" + (f"; last at step {max(steps)}" if steps else "")
+
+
+class _Kinds:
+    """The modules by kind. Where there are too many kinds, those that differ in numbers alone are merged."""
+
+    def __init__(self, modules: Sequence[ModuleReport]) -> None:
+        found = places(module.name for module in modules)
+        self.layer = {name: place.layer for name, place in found.items()}
+        own = {name: place.kind for name, place in found.items()}
+        unmerged = set(own.values())
+        wider = {kind: re.sub(r"\d+", "*", kind) for kind in unmerged}
+        alike = Counter(wider.values())
+        self.merged = {kind for kind, count in alike.items() if count > 1 and len(unmerged) > MANY_KINDS}
+        self.of = {name: wider[kind] if wider[kind] in self.merged else kind for name, kind in own.items()}
+        """The kind of each module, by its name."""
+        self.modules: dict[str, list[ModuleReport]] = {}
+        for module in modules:
+            self.modules.setdefault(self.of[module.name], []).append(module)
+        self.labels = short_labels(self.modules)
+        """A short label for each kind."""
+        short = short_labels(own.values())
+        self.one_by_one = {name: short[kind] for name, kind in own.items()}
+        """A short label for each module: of its own kind, whatever that is merged with."""
+
+    def label(self, kind: str, modules: Sequence[ModuleReport]) -> str:
+        """Return a label for these modules of a kind; where it is merged, one that tells which or how many they are."""
+        if kind not in self.merged:
+            return self.labels[kind]
+        if len(modules) == 1:
+            return self.one_by_one[modules[0].name]
+        return f"{self.labels[kind]} ({len(modules)} of {len(self.modules[kind])})"
+
+
+def _left_out(adapter: AdapterReport, kinds: _Kinds) -> list[Section]:
+    begun = has_begun(adapter)
+    groups: dict[Left, list[tuple[ModuleReport, list[ParameterReport]]]] = {}
+    for module in adapter.modules:
+        for reason, parameters in _reasons(module, begun).items():
+            factors = "".join(parameter.factor for parameter in parameters)
+            group = Left(kinds.of[module.name], module.ranked, factors, reason)
+            groups.setdefault(group, []).append((module, parameters))
+    return [
+        _left_section(title, begun, kinds, {left: found for left, found in groups.items() if left.ranked == ranked})
+        for ranked, title in (
+            (False, "Not ranked: these keep their full rank" if begun else "Will not be ranked, and keep their rank"),
+            (True, "Ranked, but left out of scoring in part or at times" if begun else "Ranked, but scored in part"),
+        )
+    ]
+
+
+def _left_section(
+    title: str,
+    begun: bool,
+    kinds: _Kinds,
+    groups: dict[Left, list[tuple[ModuleReport, list[ParameterReport]]]],
+) -> Section:
+    shares: dict[tuple[str, ...], float] = {}
+    labels: dict[tuple[str, ...], list[str]] = {}
+    for left, found in groups.items():
+        steps, share = _times(left.reason, [parameter for _, several in found for parameter in several])
+        layers = ranges(kinds.layer[module.name] for module, _ in found)
+        part = "all" if left.factors == "ABE" else ", ".join(left.factors)
+        row = (layers, part, left.reason, *([steps] if begun else []))
+        shares[row] = share
+        labels.setdefault(row, []).append(kinds.label(left.kind, [module for module, _ in found]))
+    every = {kinds.label(kind, modules) for kind, modules in kinds.modules.items()}
+    rows = [
+        (label, *row)
+        for row in sorted(labels, key=lambda row: -shares[row])
+        for label in (labels[row] if len(every) < 2 or set(labels[row]) != every else [f"all {len(every)} kinds"])
+    ]
+    head = ("module", "layers", "part", "why", *(["left out"] if begun else []))
+    more = len(rows) - MANY_ROWS
+    return Section(title, head, tuple(rows[:MANY_ROWS]), _more(more, "such group"))
+
+
+def _reasons(module: ModuleReport, begun: bool) -> dict[SkipReason, list[ParameterReport]]:
+    """Return why parts of the module are or were left out."""
+    if not module.ranked and module.reason == "inside modules_to_save":
+        return {module.reason: list(module.parameters)}
+    found: dict[SkipReason, list[ParameterReport]] = {}
+    for parameter in module.parameters:
+        for reason in parameter.steps_skipped:
+            found.setdefault(reason, []).append(parameter)
+        now: SkipReason | None = "excluded" if parameter.excluded else None if parameter.trainable else "frozen"
+        # What is frozen now was left out of nothing yet, but may be why the module is not ranked.
+        if now and now not in parameter.steps_skipped and not (begun and module.ranked):
+            found.setdefault(now, []).append(parameter)
+    if not module.ranked and module.reason and not found:
+        found[module.reason] = list(module.parameters)
+    return found
+
+
+def _times(reason: SkipReason, parameters: Sequence[ParameterReport]) -> tuple[str, float]:
+    """Return ``3 to 5 of 20``, and the largest share."""
+    skipped = [parameter.steps_skipped.get(reason, 0) for parameter in parameters]
+    steps = [parameter.steps_scored + sum(parameter.steps_skipped.values()) for parameter in parameters]
+    if not any(steps):
+        return "", 0.0
+    share = max(some / max(every, 1) for some, every in zip(skipped, steps, strict=True))
+    return f"{_span(min(skipped), max(skipped), ' to ')} of {max(steps)}", share
+
+
+def _by_kind(adapter: AdapterReport, kinds: _Kinds) -> Section:
+    important = sum(module.importance or 0.0 for module in adapter.modules)
+    rows = []
+    for kind, modules in kinds.modules.items():
+        row = [kinds.labels[kind], ranges(kinds.layer[module.name] for module in modules), str(len(modules))]
+        if has_begun(adapter) or adapter.init_budget is None:
+            started, kept = (
+                sum(getattr(module, field) for module in modules) for field in ("rank_started", "rank_kept")
+            )
+            row.append(f"{kept} of {started}")
+            if important:
+                known = [module.importance for module in modules if module.importance is not None]
+                row.append(f"{100 * sum(known) / important:.0f} %" if known else "-")
+        else:
+            row += [_shapes(modules, "A"), _shapes(modules, "B"), _trainable(modules)]
+        rows.append(tuple(row))
+    head = ["module", "layers", "count"]
+    if has_begun(adapter) or adapter.init_budget is None:
+        head += ["ranks kept", *(["importance"] if important else [])]
+    else:
+        head += ["A", "B", "trainable"]
+    return Section("By kind of module", tuple(head), tuple(rows[:MANY_ROWS]), _more(len(rows) - MANY_ROWS, "kind"))
+
+
+def _more(count: int, thing: str) -> str:
+    return f"and {_number(count, f'more {thing}')}" if count > 0 else ""
+
+
+def _shapes(modules: Sequence[ModuleReport], factor: str) -> str:
+    shapes = {p.shape for module in modules for p in module.parameters if p.factor == factor}
+    first = min(shapes, default=())
+    return ("x".join(map(str, first)) or "?") + (" ..." if len(shapes) > 1 else "")
+
+
+def _trainable(modules: Sequence[ModuleReport]) -> str:
+    parameters = [parameter for module in modules for parameter in module.parameters]
+    count = sum(parameter.trainable for parameter in parameters)
+    return "none" if not count else "all" if count == len(parameters) else f"{count} of {len(parameters)}"
+
+
+def _by_layer(adapter: AdapterReport, kinds: _Kinds) -> list[Section]:
+    """Return the ranks kept, kinds down and layers across; and one by one those without a layer's number."""
+    cells: dict[str, dict[int, list[int]]] = {}
+    alone = []
+    for module in adapter.modules:
+        layer = kinds.layer[module.name]
+        if layer is None:
+            alone.append((kinds.one_by_one[module.name], f"{module.rank_kept} of {module.rank_started}"))
+        else:
+            cells.setdefault(kinds.of[module.name], {}).setdefault(layer, []).append(module.rank_kept)
+    layers = sorted({layer for row in cells.values() for layer in row})
+    rows = [
+        (kinds.labels[kind], *(_span(min(row[layer]), max(row[layer])) if layer in row else "" for layer in layers))
+        for kind, row in cells.items()
+    ]
+    more = len(rows) - MANY_ROWS
+    return [
+        Section("Ranks kept, by layer", ("layer", *map(str, layers)), tuple(rows[:MANY_ROWS]), _more(more, "kind")),
+        Section(
+            "Ranks kept, elsewhere",
+            ("module", "ranks kept"),
+            tuple(alone[:MANY_ROWS]),
+            _more(len(alone) - MANY_ROWS, "module"),
+        ),
+    ]

@@ -1,0 +1,143 @@
+"""How a report reads: in a terminal of 80 columns or less, and in a notebook."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from html import escape
+from typing import TYPE_CHECKING
+
+from .sections import sections, summary
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .facts import AdapterReport
+    from .sections import Section
+
+WIDEST = 80
+NARROWEST = 32
+GAP = 2
+
+
+def text(adapters: Sequence[AdapterReport]) -> str:
+    """Return the report as plain text, as wide as the terminal (or ``COLUMNS``) and at most 80 columns."""
+    width = max(min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST), NARROWEST)
+    blocks = [block for adapter in adapters for block in _adapter_text(adapter, width)]
+    return "\n\n".join(blocks) if blocks else "AdaLoRA: no adapter"
+
+
+def html(adapters: Sequence[AdapterReport]) -> str:
+    """Return the report as a fragment of HTML."""
+    return "\n".join(line for adapter in adapters for line in _adapter_html(adapter)) or "<p>AdaLoRA: no adapter</p>"
+
+
+def shortened(label: str, width: int, front: float = 1 / 3) -> str:
+    """Cut the middle out of a label that is too long; ``front``: the share of what stays that is its beginning."""
+    if len(label) <= width:
+        return label
+    begin = int((width - 3) * front)
+    return f"{label[:begin]}...{label[len(label) - (width - 3 - begin) :]}"
+
+
+def told_apart(labels: Sequence[str], width: int) -> dict[str, str]:
+    """Shorten labels so that different ones stay different, if need be by numbers at their ends."""
+    different = list(dict.fromkeys(labels))
+    for front in (1 / 3, 1 / 2, 2 / 3, 5 / 6):
+        short = [shortened(label, width, front) for label in different]
+        if len(set(short)) == len(short):
+            return dict(zip(different, short, strict=True))
+    number: dict[str, int] = {}
+    found = {}
+    for label in different:
+        short_label = shortened(label, width - 3)
+        number[short_label] = number.get(short_label, 0) + 1
+        found[label] = f"{short_label}~{number[short_label]}" if len(label) > width - 3 else label
+    return found
+
+
+def _title(adapter: AdapterReport) -> str:
+    step = "" if adapter.step is None else f", step {adapter.step}"
+    return f"AdaLoRA adapter {adapter.adapter!r}{step}"
+
+
+def _adapter_text(adapter: AdapterReport, width: int) -> list[str]:
+    title = shortened(_title(adapter), width)
+    facts = [_wrapped(line, width, "  ") for line in summary(adapter)]
+    blocks = ["\n".join([title, "=" * len(title), *facts])]
+    if adapter.advice:
+        blocks.append("\n".join(["Advice", *(_wrapped(line, width, "  ", "- ") for line in adapter.advice)]))
+    blocks += [_section_text(section, width) for section in sections(adapter)]
+    return blocks
+
+
+def _wrapped(line: str, width: int, indent: str, bullet: str = "") -> str:
+    # Names can be longer than any line.
+    room = width - len(indent) - 2
+    words = " ".join(shortened(word, room) for word in line.split())
+    return textwrap.fill(
+        words, width, initial_indent=indent + bullet, subsequent_indent=indent + "  ", break_on_hyphens=False
+    )
+
+
+def _section_text(section: Section, width: int) -> str:
+    lines = [_wrapped(section.title, width, "")]
+    by_layer = section.head[0] == "layer"
+    lines += _matrix(section, width) if by_layer else _columns(section, width)
+    return "\n".join([*lines, *([f"  {section.note}"] if section.note else [])])
+
+
+def _columns(section: Section, width: int) -> list[str]:
+    """Lay out the columns; where the first one would get too narrow, it gets a line of its own."""
+    table = [section.head, *section.rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(section.head))]
+    rest = sum(widths[1:]) + GAP * len(widths)
+    if width - rest >= min(widths[0], 16):
+        widths[0] = min(widths[0], width - rest)
+        labels = told_apart([row[0] for row in table], widths[0])
+        return ["  " + _line((labels[row[0]], *row[1:]), widths) for row in table]
+    labels = told_apart([row[0] for row in table], width - 2)
+    lines = []
+    for row in table:
+        lines.append("  " + labels[row[0]])
+        lines.append(_wrapped("; ".join(cell or "-" for cell in row[1:]), width, "    "))
+    return lines
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return (" " * GAP).join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def _matrix(section: Section, width: int) -> list[str]:
+    """Lay out numbers under numbers; layers that do not fit go beneath."""
+    table = [section.head, *section.rows]
+    label = min(max(len(row[0]) for row in table), max(width // 4, 12))
+    cell = max(len(value) for row in table for value in row[1:]) + 1
+    fit = max((width - 2 - label) // cell, 1)
+    labels = told_apart([row[0] for row in table], label)
+    lines = []
+    for start in range(1, len(section.head), fit):
+        if start > 1:
+            lines.append("")
+        for row in table:
+            values = "".join(value.rjust(cell) for value in row[start : start + fit])
+            lines.append(f"  {labels[row[0]].ljust(label)}{values}".rstrip())
+    return lines
+
+
+def _adapter_html(adapter: AdapterReport) -> list[str]:
+    lines = [f"<h4>{escape(_title(adapter))}</h4>", f"<p>{'<br>'.join(map(escape, summary(adapter)))}</p>"]
+    if adapter.advice:
+        lines.append(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in adapter.advice)}</ul>")
+    for section in sections(adapter):
+        lines.append(f"<table><caption>{escape(section.title)}</caption>")
+        lines.append(_row_html("th", section.head))
+        lines += [_row_html("td", row) for row in section.rows]
+        lines.append("</table>")
+        if section.note:
+            lines.append(f"<p>{escape(section.note)}</p>")
+    return lines
+
+
+def _row_html(tag: str, cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"

@@ -1,0 +1,35 @@
+"""What a step has left, noted before PEFT forgets the scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..memory.counts import HistoryPoint, history_is_kept
+from ..model.pattern import pattern_by_full_name
+from .importance import importance
+
+if TYPE_CHECKING:
+    from ..model.pattern import RankPattern
+    from .call import AllocatorCall
+
+
+def note_step(call: AllocatorCall, finalising: bool, budget: int, pattern: RankPattern | None) -> None:
+    """Remember what an ``update_and_allocate`` has left."""
+    counts, allocator = call.memory.counts, call.allocator
+    counts.step = call.step
+    if finalising and allocator.exp_avg_ipt:
+        counts.importance = importance(allocator, call.parameters)
+    if history_is_kept():
+        assert call.step is not None
+        counts.history.append(HistoryPoint(call.step, budget, _total_rank(call, pattern), counts.skipped))
+
+
+def _total_rank(call: AllocatorCall, pattern: RankPattern | None) -> int:
+    """Count ranks by the last pattern; what it does not name has its full rank."""
+    in_force = pattern or call.allocator.peft_config.rank_pattern or {}
+    known = dict(pattern_by_full_name(call.parameters, in_force, call.allocator.adapter_name))
+    return sum(
+        sum(known[parameter.name]) if parameter.name in known else parameter.parameter.size(0)
+        for parameter in call.parameters
+        if parameter.factor == "E"
+    )

@@ -1,0 +1,1 @@
+"""What only saves time: without this folder PEFT scores, with the same result."""

@@ -1,0 +1,1 @@
+"""Where DeepSpeed and FSDP keep parameters and gradients elsewhere."""

@@ -1,0 +1,47 @@
+"""On and off, for the whole process. The wrappers ask at every call, so that nothing is wrapped or unwrapped here."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_enabled = False
+_times_off = 0
+
+
+def switch_on() -> None:
+    """Let the wrappers act from the next call on. ``install.enable`` also sees to it that they are there."""
+    global _enabled
+    _enabled = True
+
+
+def disable() -> None:
+    """Switch the guard off: PEFT's methods run as they are, from the next call on. Idempotent."""
+    global _enabled, _times_off
+    _enabled = False
+    _times_off += 1
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Switch the guard off for a ``with`` block, in the whole process, and back to what it was afterwards."""
+    global _enabled
+    before = _enabled
+    disable()
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def is_enabled() -> bool:
+    """Say whether the guard is switched on. Whether it could be applied is another matter: see the log."""
+    return _enabled
+
+
+def times_switched_off() -> int:
+    """Return how often the guard was switched off in this process: in between it sees nothing."""
+    return _times_off

@@ -1,0 +1,65 @@
+"""A pruned adapter that is trained on: PEFT counts its budget before it cuts the tensors to the pattern."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..model.parameters import ranked_triplets, triplets
+from ..model.pattern import budget_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from peft.tuners.adalora import RankAllocator
+
+    from ..model.parameters import AdaLoraParameter
+    from ..rules.call import AllocatorCall
+
+
+def ranks_cut(allocator: RankAllocator, rows: Mapping[str, int]) -> int | None:
+    """Return how many ranks are there where PEFT has counted more, or None. ``rows``: those of E, by budget name."""
+    counted = list(allocator.name_set)
+    # Other names are those of other adapters (PEFT's substring test), or of modules that FSDP has wrapped since.
+    if not rows.keys() >= set(counted):
+        return None
+    there = sum(rows[name] for name in counted)
+    return there if there < allocator.init_bgt else None
+
+
+def warn_of_pruned_adapter(call: AllocatorCall) -> None:
+    """Warn where fewer ranks are there than PEFT has counted."""
+    there = ranks_cut(call.allocator, {budget_name(t): len(t.E.parameter) for t in triplets(call.parameters)})
+    if there is not None:
+        call.memory.said.warn_once(
+            "pruned",
+            "AdaLoRA's adapter %r was loaded with %d ranks, but its budget begins at %d, as PEFT counted it before it "
+            "cut the tensors. So update_and_allocate prunes too many ranks, or fails in torch.kthvalue, and PEFT "
+            "cannot load what is saved after it. To train these ranks on, leave out the calls; to allocate ranks anew, "
+            "train a fresh adapter.",
+            call.allocator.adapter_name,
+            there,
+            call.allocator.init_bgt,
+        )
+
+
+def advice_on_pruned_adapter(
+    allocator: RankAllocator, parameters: list[AdaLoraParameter], rows: Mapping[str, int]
+) -> Iterator[str]:
+    """Advise on an adapter that was loaded pruned. ``rows``: the rows of each E, by budget name."""
+    there = ranks_cut(allocator, rows)
+    if there is None:
+        return
+    ranks, init, target = there, allocator.init_bgt, allocator.target_bgt
+    ranked = sorted(map(budget_name, ranked_triplets(parameters, {p.name for p in parameters})))
+    if ranked != list(allocator.name_set):
+        # Then the guard lets PEFT count anew.
+        ranks = init = sum(rows[name] for name in ranked)
+        target = allocator.peft_config.target_r * len(ranked)
+    pruned = init - target
+    will = f"leave {ranks - pruned} of {ranks} ranks" if 0 < pruned <= ranks else "fail in torch.kthvalue"
+    yield (
+        f"This adapter was loaded with {there} ranks, but its budget begins at {allocator.init_bgt}: PEFT counted it "
+        f"before it cut the tensors. update_and_allocate will {will}, and PEFT cannot load what is saved after it. To "
+        "train these ranks on, never call update_and_allocate (no AdaLoraCallback either); to allocate ranks anew, "
+        "train a fresh adapter, for example on model.merge_and_unload()."
+    )

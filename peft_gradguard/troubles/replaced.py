@@ -1,0 +1,25 @@
+"""User code that puts its own methods in place of ``RankAllocator``'s, and so around the guard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..wrapper import METHODS, TARGET, is_guarded
+
+if TYPE_CHECKING:
+    from ..rules.call import AllocatorCall
+
+
+def warn_of_replaced_methods(call: AllocatorCall) -> None:
+    """Warn once per allocator of methods assigned over the guarded ones; a subclass may override what it likes."""
+    pefts = [kind for kind in type(call.allocator).__mro__ if kind.__module__.startswith(TARGET)]
+    places: list[dict[str, Any]] = [vars(call.allocator), *(dict(vars(kind)) for kind in pefts)]
+    replaced = [name for name in METHODS for place in places if name in place and not is_guarded(place[name])]
+    if replaced:
+        call.memory.said.warn_once(
+            "replaced",
+            "%s was assigned after peft_gradguard was applied and runs without the guard (adapter %r); the rest of the "
+            "guard holds. Where it is meant to work around missing gradients, it can go.",
+            ", ".join(f"RankAllocator.{name}" for name in replaced),
+            call.allocator.adapter_name,
+        )
