@@ -14,7 +14,6 @@ from .rules.call import AllocatorCall, call_for, call_under_way, under_way
 from .rules.history import note_step
 from .rules.ranking import pattern_to_mask, rank
 from .rules.scoring import scoring
-from .rules.undo import undone_on_error
 from .speed.fused import score
 from .stacks.stack import keep_masks
 from .troubles.outcome import warn_of_missed_finalising_step
@@ -48,13 +47,13 @@ def update_and_allocate(
     warn_of_replaced_methods(call)
     if not call.memory.called:
         warn_of_pruned_adapter(call)
-    note_call(call.memory)
+    note_call(call)
     due = call.scoring_is_due
     if not due:
         call.memory.late.stop()
     # Where user code has put its own update_ipt in place of the guarded one, it is shown what that would be shown.
     replaced = due and not is_own(allocator, "update_ipt")
-    with under_way(call), undone_on_error(call), scoring(call) if replaced else nullcontext():
+    with under_way(call), scoring(call) if replaced else nullcontext():
         budget, pattern = peft(call.view, global_step, *rest, **more)
     note_step(call, not due, budget, pattern)
     return budget, pattern
@@ -65,6 +64,7 @@ def update_ipt(
 ) -> None:
     """Score just the parameters with a usable gradient (``RankAllocator.update_ipt``); the others keep their scores."""
     call = call_for(allocator, model)
+    note_call(call)
     with scoring(call) as any_usable:
         if any_usable:
             peft(call.view, *rest, **more) if rest or more else score(call, peft)
@@ -99,6 +99,7 @@ def mask_to_budget(
     PEFT forgets all scores at its finalising step, and loops that call once per micro-batch come again with that step.
     """
     call = call_for(allocator, model)
+    note_call(call)
     warn_of_unmatched_patterns(call)
     warn_of_overlap(call)
     if rank(call):
@@ -120,7 +121,7 @@ def mask_using_rank_pattern(
 ) -> None:
     """In the final phase, mask only names in the pattern (``RankAllocator.mask_using_rank_pattern``)."""
     call = call_for(allocator, model)
-    note_call(call.memory)
+    note_call(call)
     call.memory.late.stop()
     warn_of_missed_finalising_step(call, rank_pattern)
     masked = pattern_to_mask(call, rank_pattern)

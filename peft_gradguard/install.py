@@ -74,8 +74,10 @@ def _apply(module: ModuleType) -> None:
             return
         # Not at the top, as torch must not be loaded yet: with PEFT it is.
         from . import guard
+        from .late.optimizers import register
 
         with _lock:
+            register()
             for name in METHODS:
                 _wrap(module.RankAllocator, name, getattr(guard, name))
     except Exception:

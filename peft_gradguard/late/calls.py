@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from .kept import KeptGradients
-from .order import Found, Order, verdict
+from .order import PATIENCE, Found, Order, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,14 +21,24 @@ class LateCalls:
     def __init__(self) -> None:
         self.order = Order.IN_TIME
         self._kept: KeptGradients | None = None
+        self._without_step = 0
+        """The calls in a row without gradients, each after a backward, but after no step of an optimizer."""
+
+    @property
+    def no_optimizer_steps(self) -> bool:
+        """Whether ``PATIENCE`` calls have seen no torch optimizer step these parameters."""
+        return self._without_step >= PATIENCE
 
     def in_time(self) -> Verdict:
-        """Take note of a call that has found this step's gradients: what was kept for it is of no use any more."""
+        """Take note of a call that has found gradients of its own: what was kept for it is of no use any more."""
         return self._turn(Found.GRADIENTS, never_scored=False)
 
     @contextmanager
     def lent(self, parameters: Sequence[AdaLoraParameter]) -> Iterator[bool]:
-        """Lend the optimizer's gradients for one call that has found none, and give whether there were any."""
+        """Lend the optimizer's gradients for one call that has found none, and give whether there were any.
+
+        For all parameters or none: one of this step's gradients beside those of the last would mix two steps.
+        """
         with self._kept.lent(parameters) if self._kept else nullcontext(False) as any_lent:
             yield any_lent
 
@@ -38,10 +48,11 @@ class LateCalls:
             self._kept = KeptGradients(parameters)
         return self._turn(found, never_scored=never_scored)
 
-    def watch(self, parameters: Sequence[AdaLoraParameter], *, never_scored: bool) -> None:
-        """After a call: from now on, keep the gradients of these parameters."""
+    def scored(self, parameters: Sequence[AdaLoraParameter], *, lent: bool) -> None:
+        """After a call: it has used what was kept, or these parameters' own gradients."""
         if self._kept:
-            self._kept.watch(parameters, backward=never_scored)
+            self._kept.start_anew(() if lent else parameters)
+            self._kept.follow(parameters)
 
     def stop(self) -> None:
         """Let go of what was kept: from the finalising step on nothing is scored."""
@@ -49,20 +60,17 @@ class LateCalls:
             self._kept.close()
         self._kept, self.order = None, Order.IN_TIME
 
-    @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
-        """Keep what was kept where the call fails, because it may be made again."""
-        with self._kept.undone_on_error() if self._kept else nullcontext():
-            yield
-
     def _turn(self, found: Found, *, never_scored: bool) -> Verdict:
         kept = self._kept
         if kept is None:
             return verdict(self.order, found, stepped=False, hopeless=False)
-        hopeless = never_scored and not kept.step_was_left_out()
+        left_out = kept.step_was_left_out()
+        if found in (Found.ZEROS, Found.NOTHING) and left_out:
+            self._without_step += 1
+        elif kept.stepped or found is Found.GRADIENTS:
+            self._without_step = 0
+        hopeless = (never_scored and not left_out) or self.no_optimizer_steps
         turned = verdict(self.order, found, stepped=kept.stepped, hopeless=hopeless)
-        if found is Found.GRADIENTS:
-            kept.forget()
         if not turned.gives_up:
             self.order = turned.order
             kept.copies = turned.order.copies

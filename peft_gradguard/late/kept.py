@@ -1,122 +1,167 @@
-"""The gradients that the optimizer used last, kept for calls that come after ``zero_grad``."""
+"""The gradients that optimizers have used, kept for calls that come after ``zero_grad``."""
 
 from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .optimizers import after_steps, before_steps, remove
+import torch
+
+from .optimizers import StepListener, listen, listen_no_more
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    import torch
+    from collections.abc import Iterator, Sequence
 
     from ..model.parameters import AdaLoraParameter
 
 
-class KeptGradients:
-    """The gradients that the optimizer used last and the allocator has not used yet.
+class Kept(NamedTuple):
+    """One gradient as an optimizer has used it, and what its parameter was then."""
 
-    Kept by reference: ``zero_grad`` only lets go of them. Only where it writes zeros into them (``set_to_none=False``)
-    are copies kept. The optimizer's hook knows this object weakly, and this object the parameters.
+    gradient: torch.Tensor
+    source: weakref.ref[torch.Tensor]
+    """The parameter's own gradient then, of which this may be a copy."""
+    version: int | None
+    """How often torch had written to it; None where torch does not count (``inference_mode``)."""
+    layout: tuple[Any, ...]
+    """Data type, device and shape of the parameter."""
+
+
+class KeptGradients(StepListener):
+    """The gradients that optimizers used last on an allocator's parameters, and no call has scored yet.
+
+    As they are after the step, where they are still there: a step may clip or unscale them, or put others in their
+    place. Kept by reference, because ``zero_grad`` only lets go of them; as copies where it writes zeros into them.
     """
 
-    def __init__(self, parameters: Iterable[AdaLoraParameter]) -> None:
+    def __init__(self, parameters: Sequence[AdaLoraParameter]) -> None:
+        super().__init__()
         self.copies = False
         """Whether to keep copies, because ``zero_grad`` writes zeros."""
         self.stepped = False
-        """Whether an optimizer has stepped since the last call."""
-        self._backward_seen = False
-        self._parameters: dict[str, weakref.ref[torch.nn.Parameter]] = {}
-        self._kept: dict[str, torch.Tensor] = {}
-        this = weakref.ref(self)
-        self._handles: list[Any] = [
-            before_steps(lambda *step: _in_step(this, step, before=True)),
-            after_steps(lambda *step: _in_step(this, step, before=False)),
-        ]
-        self._backward_handles: list[Any] = [
-            parameter.parameter.register_hook(lambda _: _in_backward(this))  # type: ignore[no-untyped-call]
-            for parameter in parameters
-            if parameter.parameter.requires_grad
-        ]
-        weakref.finalize(self, remove, self._handles)
-        weakref.finalize(self, remove, self._backward_handles)
+        """Whether an optimizer that holds these parameters has stepped since the last call."""
+        self._came: set[int] = set()
+        """The parameters that a backward has reached since the last call."""
+        self._backward_is_seen = False
+        """Whether any backward was ever seen: user code may write gradients by itself."""
+        self._scored: dict[int, weakref.ref[torch.Tensor]] = {}
+        """The gradients that the last call has scored, and the optimizer may use after it."""
+        self._stale: set[int] = set()
+        """The parameters whose gradient in the step under way was scored already."""
+        self._kept: dict[int, Kept] = {}
+        self._hooked: dict[int, weakref.ref[torch.nn.Parameter]] = {}
+        self.follow(parameters)
+        listen(self)
 
-    def watch(self, parameters: Iterable[AdaLoraParameter], backward: bool) -> None:
-        """Keep these parameters' gradients from now on; ``backward``: see whether any come at all."""
-        self._parameters = {parameter.name: weakref.ref(parameter.parameter) for parameter in parameters}
-        if not backward:
-            remove(self._backward_handles)
+    def follow(self, parameters: Sequence[AdaLoraParameter]) -> None:
+        """From now on keep the gradients of these parameters."""
+        self.watch(parameter.parameter for parameter in parameters)
+        for parameter in (p.parameter for p in parameters if p.parameter.requires_grad):
+            known = self._hooked.get(id(parameter))
+            if known is None or known() is not parameter:
+                self._hooked[id(parameter)] = weakref.ref(parameter)
+                parameter.register_hook(_Backward(self, parameter))  # type: ignore[no-untyped-call]
 
     def step_was_left_out(self) -> bool:
         """Say whether, since the last call, gradients came but no optimizer used them: a ``GradScaler``'s overflow."""
-        return self._backward_seen and not self.stepped
+        return bool(self._came) and not self.stepped
 
-    def forget(self) -> None:
-        """Let go of what is kept, and of what has happened since the last call."""
+    def start_anew(self, scored: Sequence[AdaLoraParameter] = ()) -> None:
+        """After a call: let go of what is kept, and of what has happened; ``scored``: whose own gradients it scored."""
         self._kept = {}
-        self._backward_seen = self.stepped = False
+        self._came = set()
+        self.stepped = False
+        gradients = ((p.parameter, p.parameter.grad) for p in scored)
+        self._scored = {id(p): weakref.ref(gradient) for p, gradient in gradients if gradient is not None}
 
     @contextmanager
-    def lent(self, parameters: Iterable[AdaLoraParameter]) -> Iterator[bool]:
-        """Give the parameters their kept gradients back for one allocator call, and let go of them afterwards.
+    def lent(self, parameters: Sequence[AdaLoraParameter]) -> Iterator[bool]:
+        """Give the parameters their kept gradients for the block, and give whether there were any.
 
-        Gives whether there were any. For all parameters or none: one of this step's gradients beside those of the last
-        would mix two steps.
+        Not to one that has changed its data type, device or shape since: the gradient does not fit it any more.
         """
         lent: list[tuple[torch.nn.Parameter, torch.Tensor | None]] = []
-        for parameter in parameters:
-            watched = self._parameters.get(parameter.name)
-            # Not where another parameter, perhaps of another shape, has taken the name since.
-            if parameter.name in self._kept and watched is not None and watched() is parameter.parameter:
-                lent.append((parameter.parameter, parameter.parameter.grad))
-                parameter.parameter.grad = self._kept[parameter.name]
-        self._kept = {}
         try:
+            for parameter in (p.parameter for p in parameters):
+                kept = self._kept.get(id(parameter))
+                if kept is not None and self._is_watched(parameter) and kept.layout == _layout(parameter):
+                    lent.append((parameter, parameter.grad))
+                    parameter.grad = kept.gradient
             yield bool(lent)
         finally:
-            self._backward_seen = self.stepped = False
             for owner, gradient in lent:
                 owner.grad = gradient
 
-    @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
-        """Keep what was kept where the allocator call fails, because it may be made again."""
-        kept = self._kept
-        try:
-            yield
-        except BaseException:
-            self._kept = kept
-            raise
-
     def close(self) -> None:
-        """Keep nothing any more."""
-        self._kept.clear()
-        remove(self._handles)
-        remove(self._backward_handles)
+        """Keep nothing any more. The hooks on parameters stay, and do nothing: to take them out might disturb torch."""
+        self._kept = {}
+        self._came = set()
+        self._hooked = {}
+        listen_no_more(self)
 
-    def _keep(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
+        """Keep what the step will use; what earlier steps have used is of no interest any more."""
+        for parameter in held:
+            self._kept.pop(id(parameter), None)
+            self._stale.discard(id(parameter))
+            if not has_closure and parameter.grad is not None:
+                if self._is_unscored(parameter):
+                    self._keep(parameter)
+                else:
+                    self._stale.add(id(parameter))
+
+    def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
+        """Keep what the step has made of its gradients."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(torch.as_tensor(found_inf).any()):
+            # A fused optimizer is told of a GradScaler's overflow, and leaves the step out by itself.
+            for parameter in held:
+                self._kept.pop(id(parameter), None)
+            return
         self.stepped = True
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, reference in self._parameters.items():
-            parameter = reference()
-            if parameter is not None and id(parameter) in stepped:
-                self._kept.pop(name, None)
-                if parameter.grad is not None:
-                    self._kept[name] = parameter.grad.clone() if self.copies else parameter.grad
+        for parameter in held:
+            if parameter.grad is not None and id(parameter) not in self._stale:
+                self._keep(parameter)
+
+    def _is_unscored(self, parameter: torch.nn.Parameter) -> bool:
+        """Say whether no call has scored the gradient that this parameter has."""
+        if self._backward_is_seen and id(parameter) in self._hooked:
+            return id(parameter) in self._came
+        scored = self._scored.get(id(parameter))
+        return scored is None or scored() is not parameter.grad
+
+    def _keep(self, parameter: torch.nn.Parameter) -> None:
+        gradient, before = parameter.grad, self._kept.get(id(parameter))
+        assert gradient is not None
+        source, version = gradient, None if gradient.is_inference() else gradient._version
+        if self.copies:
+            # A step may clear its gradients by itself; then what it had before is what it used.
+            if before and before.source() is gradient and (before.version == version or not gradient.any()):
+                return
+            gradient = gradient.detach().clone()
+        self._kept[id(parameter)] = Kept(gradient, weakref.ref(source), version, _layout(parameter))
+
+    def _note_backward(self, parameter_id: int) -> None:
+        self._backward_is_seen = True
+        self._came.add(parameter_id)
 
 
-def _in_step(this: weakref.ref[KeptGradients], step: tuple[Any, ...], before: bool) -> None:
-    kept, (optimizer, args, kwargs) = this(), step
-    # A closure computes the gradients within the step: those of before belong to another step, those of after are used.
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if kept is not None and before == (closure is None):
-        kept._keep(optimizer)
+class _Backward:
+    """A hook on a parameter: a backward has come. Knows ``KeptGradients`` weakly, and does nothing once it is gone."""
+
+    # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
+    __torch_unserializable__ = True
+
+    def __init__(self, kept: KeptGradients, parameter: torch.nn.Parameter) -> None:
+        self._kept = weakref.ref(kept)
+        self._id = id(parameter)
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        kept = self._kept()
+        if kept is not None:
+            kept._note_backward(self._id)
 
 
-def _in_backward(this: weakref.ref[KeptGradients]) -> None:
-    kept = this()
-    if kept is not None:
-        kept._backward_seen = True
+def _layout(parameter: torch.nn.Parameter) -> tuple[Any, ...]:
+    return parameter.dtype, parameter.device, parameter.shape

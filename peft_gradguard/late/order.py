@@ -10,14 +10,17 @@ Pure: imports neither torch nor any other file of the package. ``tests/late/test
 | `ZEROS` (none is lent)   | `ONLY_ZEROS` | stays, or give up         | `LATE_ZEROED`     | stays, or give up   |
 | `NOTHING` (say `LATE`)   | `LATE`       | `LATE_ZEROED`, or give up | stays, or give up | stays, or give up   |
 
-"Stepped": an optimizer has stepped since the last call. "Give up" where nothing was ever scored, and no optimizer step
-was left out since the last call.
+"Stepped": an optimizer that holds these parameters has stepped since the last call. "Give up" where nothing was ever
+scored and no optimizer step was left out since the last call, or where none was seen for ``PATIENCE`` calls.
 """
 
 from __future__ import annotations
 
 from enum import Enum
 from typing import NamedTuple
+
+PATIENCE = 50
+"""The calls in a row, each after a backward, that may see no optimizer step, as a ``GradScaler`` leaves them out."""
 
 
 class Order(Enum):
@@ -67,8 +70,9 @@ class Verdict(NamedTuple):
 def verdict(order: Order, found: Found, *, stepped: bool, hopeless: bool) -> Verdict:
     """Return what a call makes of the order.
 
-    ``stepped``: an optimizer has stepped since the last call. ``hopeless``: nothing was ever scored, and since the last
-    call no optimizer step was left out, as a ``GradScaler`` leaves them out.
+    ``stepped``: an optimizer that holds these parameters has stepped since the last call. ``hopeless``: nothing was
+    ever scored, and since the last call no optimizer step was left out, as a ``GradScaler`` leaves them out; or none
+    was seen for ``PATIENCE`` calls.
     """
     if found is Found.GRADIENTS:
         after = {Order.ONLY_ZEROS: Order.IN_TIME, Order.LATE_ZEROED: Order.LATE}

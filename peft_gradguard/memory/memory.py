@@ -12,7 +12,6 @@ from .trust import Trust
 
 if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
-    from torch.utils.hooks import RemovableHandle
 
 
 class Memory:
@@ -28,8 +27,6 @@ class Memory:
         """Whether the allocator was ever called."""
         self.watched = False
         """Whether it will be seen, at the allocator's end, if it was called."""
-        self.until_called: list[RemovableHandle] = []
-        """What watches the optimizers until the allocator is called."""
 
 
 _memories: dict[int, Memory] = {}

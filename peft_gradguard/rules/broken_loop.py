@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import NoGradientError
-from ..late.order import Found, Word
+from ..late.order import PATIENCE, Found, Word
 from ..model.parameters import EXCLUDED, FROZEN
 from ..stacks.fsdp import gradients_can_be_kept, refuse_flat_parameters, refuse_late_call
 
@@ -97,6 +97,12 @@ def _late_call(call: AllocatorCall, gradients: StepGradients) -> None:
     refuse_late_call(call.parameters, at)
     found = (Found.LENT_ZEROS if gradients.lent else Found.ZEROS) if zeroed else Found.NOTHING
     verdict = call.memory.late.found(found, call.parameters, never_scored=not call.allocator.exp_avg_ipt)
+    if verdict.gives_up and call.memory.late.no_optimizer_steps:
+        raise NoGradientError(
+            f"The {count} AdaLoRA parameters have no gradient left {at}, and in the last {PATIENCE} calls no torch "
+            "optimizer has stepped them: gradients that are gone after the step can be kept for late calls only where "
+            "a torch.optim.Optimizer uses them. Call update_and_allocate before the gradients are cleared."
+        )
     if verdict.gives_up:
         had = "only gradients that are exactly zero" if zeroed else "no gradient"
         raise NoGradientError(

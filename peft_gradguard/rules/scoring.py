@@ -40,7 +40,7 @@ def scoring(call: AllocatorCall) -> Iterator[bool]:
         finally:
             call.any_usable = None
         memory.counts.add(call.step, gradients.reasons)
-    memory.late.watch(call.parameters, never_scored=not call.allocator.exp_avg_ipt)
+    memory.late.scored(call.parameters, lent=gradients.lent)
 
 
 @contextmanager

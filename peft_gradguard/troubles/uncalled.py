@@ -1,67 +1,128 @@
-"""Trainings that never call ``update_and_allocate``: nothing fails there, and no rank is ever allocated."""
+"""Trainings that never call ``update_and_allocate``: nothing fails there, and no rank is ever allocated.
+
+One E of each allocator is watched while it gets gradients, until the first call. Its values change between two of them
+just where an optimizer trains it: a target, an average or a reference model is not taken for a training.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..late.optimizers import before_steps, remove
 from ..switch import times_switched_off
 
 if TYPE_CHECKING:
-    from peft import AdaLoraConfig
-
     from ..memory.memory import Memory
     from ..rules.call import AllocatorCall
 
+_watches: dict[int, Watch] = {}
+_ended: deque[Watch] = deque()
+"""Those whose allocator has gone. Nothing is said from inside a garbage collection, which comes in the middle of
+anything: the next call, gradient or exit says it."""
+
+
+class Watch:
+    """Whether the adapter of one allocator is trained. Keeps no model alive: ``r`` numbers, and the guard's memory."""
+
+    # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
+    __torch_unserializable__ = True
+
+    def __init__(self, memory: Memory, energy: torch.nn.Parameter, loaded: bool) -> None:
+        self.trained = False
+        """Whether its values were seen to change between two gradients."""
+        self._memory = memory
+        self._loaded = loaded
+        self._process = os.getpid()
+        self._times_off = times_switched_off()
+        self._energy = weakref.ref(energy)
+        self._first: torch.Tensor | None = None
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        """See a gradient come (the hook on E)."""
+        if not (self.trained or self._memory.called or self._loaded):
+            energy = self._energy()
+            if energy is not None and not torch.is_inference_mode_enabled():
+                self.trained = self._has_changed(energy)
+        if _ended:
+            say_what_has_ended()
+
+    def judge(self) -> None:
+        """Warn where the adapter was trained and the allocator never called."""
+        # While the guard is off it sees no calls, and in a process forked off meanwhile it sees another training.
+        if self.trained and not self._memory.called and self._watched_all_along():
+            self._memory.said.warn_once(
+                "never called",
+                "AdaLoRA's adapter %r was trained, but update_and_allocate was never called, so that all ranks stayed "
+                "as they started. Call model.base_model.update_and_allocate(step) after the optimizer's step and "
+                "before zero_grad; in a Trainer, from on_optimizer_step.",
+                self._memory.adapter,
+            )
+
+    def _watched_all_along(self) -> bool:
+        return self._times_off == times_switched_off() and self._process == os.getpid()
+
+    def _has_changed(self, energy: torch.nn.Parameter) -> bool:
+        # Only plain tensors are looked at: to compare shards would be a collective, and to read a value while a CUDA
+        # graph is recorded would break it.
+        now = energy.detach()
+        if type(now) is not torch.Tensor or now.is_meta or (now.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False
+        if self._first is None:
+            self._first = now.clone()
+            return False
+        first = self._first
+        return first.shape == now.shape and first.device == now.device and not torch.equal(first.to(now.dtype), now)
+
 
 def watch_for_calls(call: AllocatorCall) -> None:
-    """From a new allocator on, see at its end (at the latest when the interpreter exits) whether it was ever called.
-
-    Until it is, each E and its values before the first optimizer step are kept, ``r`` numbers each, and no model. Not
-    the values of now: what is loaded into the adapter later is no training.
-    """
+    """From a new allocator on, see at its end (at the latest when the interpreter exits) whether it was ever called."""
     memory, allocator = call.memory, call.allocator
-    if not memory.watched:
-        memory.watched = True
-        energies = [p.parameter for p in call.parameters if p.factor == "E" and not p.parameter.is_meta]
-        first: list[torch.Tensor] = []
-
-        def note_first_values(*_: object) -> None:
-            if not first:
-                first.extend(energy.detach().cpu().clone() for energy in energies)
-
-        memory.until_called.append(before_steps(note_first_values))
-        weakref.finalize(allocator, _at_the_end, memory, allocator.peft_config, energies, first, times_switched_off())
-
-
-def note_call(memory: Memory) -> None:
-    """Remember that the allocator was called, and watch for it no more."""
-    memory.called = True
-    if memory.until_called:
-        remove(memory.until_called)
-
-
-def _at_the_end(
-    memory: Memory,
-    config: AdaLoraConfig,
-    energies: list[torch.nn.Parameter],
-    first: list[torch.Tensor],
-    times_off: int,
-) -> None:
-    remove(memory.until_called)
-    # While the guard is off it sees no calls. A pattern without a call comes with an adapter that was loaded.
-    if memory.called or times_switched_off() != times_off or config.rank_pattern:
+    energies = (p.parameter for p in call.parameters if p.factor == "E" and p.parameter.requires_grad)
+    energy = next(energies, None)
+    if memory.watched or energy is None:
         return
-    # There are no first values where no optimizer has stepped.
-    now = [energy.detach().cpu() for energy in energies[: len(first)]]
-    if any(not torch.equal(value, before) for value, before in zip(now, first, strict=True)):
-        memory.said.warn_once(
-            "never called",
-            "AdaLoRA's adapter %r was trained, but update_and_allocate was never called, so that all ranks stayed as "
-            "they started. Call model.base_model.update_and_allocate(step) after backward and before zero_grad; in a "
-            "Trainer, from on_optimizer_step.",
-            memory.adapter,
-        )
+    memory.watched = True
+    # An adapter with a pattern but without a call was loaded, and may be trained on with the ranks that it has.
+    watch = Watch(memory, energy, loaded=bool(allocator.peft_config.rank_pattern))
+    energy.register_hook(watch)  # type: ignore[no-untyped-call]
+    _watches[id(allocator)] = watch
+    weakref.finalize(allocator, _end, id(allocator), watch).atexit = False
+    say_what_has_ended()
+
+
+def note_call(call: AllocatorCall) -> None:
+    """Remember that the allocator was called, and say what is to be said of others."""
+    call.memory.called = True
+    if _ended:
+        say_what_has_ended()
+
+
+def say_what_has_ended() -> None:
+    """Judge the trainings whose allocator has gone."""
+    while _ended:
+        try:
+            watch = _ended.popleft()
+        except IndexError:
+            # Another thread was quicker.
+            return
+        watch.judge()
+
+
+def _end(allocator_id: int, watch: Watch) -> None:
+    _watches.pop(allocator_id, None)
+    if watch.trained:
+        _ended.append(watch)
+
+
+def _at_exit() -> None:
+    say_what_has_ended()
+    for watch in list(_watches.values()):
+        watch.judge()
+
+
+atexit.register(_at_exit)
