@@ -151,6 +151,8 @@ def training() -> Report:
                 ],
                 step=20,
             ),
+            adapter("at the end", under_way, step=20, final_step=20, budget=16),
+            adapter("ended too early", under_way, step=20, final_step=21),
         )
     )
 
@@ -218,13 +220,19 @@ def saved() -> Report:
         *(module(f"layers.{n}.q", 8 - n) for n in (0, 1)),
         *(module(f"layers.{n}.q", ranked=False) for n in (2, 3, 4)),
     ]
+    untold = {"trainable": None, "steps_scored": None, "steps_skipped": None, "excluded": None}
+    mixed = [
+        dataclasses.replace(m, parameters=tuple(dataclasses.replace(p, **untold) for p in m.parameters)) for m in mixed
+    ]
+    unpruned = [dataclasses.replace(m, ranked=None) for m in mixed[2:]]
     file: dict[str, Any] = {**UNTRAINED, "saved": True}
+    ranked = {**file, "init_budget": 16, "target_budget": 8}
     return Report(
         (
-            adapter("some not ranked", mixed, **file),
-            adapter("all ranked", mixed[:2], **file),
-            adapter("none ranked", mixed[2:], **file),
-            adapter("one not ranked", mixed[1:3], **file),
+            adapter("some not ranked", mixed, **ranked),
+            adapter("all ranked", mixed[:2], **ranked),
+            adapter("before the first pruning", unpruned, **file, unranked_ranks=None),
+            adapter("one not ranked", mixed[1:3], **{**ranked, "init_budget": 8, "target_budget": None}),
             adapter("not trained here", mixed[:3], **UNTRAINED),
             adapter("not trained here, nor pruned", [module("q", every=FROZEN)], **UNTRAINED),
         )
@@ -339,7 +347,7 @@ def test_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     text = f"{report()}\n"
     assert text == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
-    assert max(map(len, text.splitlines())) <= max(min(columns, 80), 32)
+    assert max(map(len, text.splitlines())) <= max(min(columns, 160), 32)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -347,12 +355,63 @@ def test_html(name: str) -> None:
     assert f"{PAGES[name]()._repr_html_()}\n" == (GOLDEN / f"{name}.html").read_text(encoding="utf-8")
 
 
-def test_one_rank_that_is_not_ranked_comes_on_top() -> None:
-    modules = [module("q"), module("k", 1, 1, ranked=False), module("v", 0, 0, ranked=False)]
-    assert "1 rank of 2 modules not ranked comes on top" in summary(adapter("one", modules))
-    assert "2 ranks of 1 module not ranked come on top" in summary(
-        adapter("two", [modules[0], module("k", 2, 2, ranked=False)])
+def budget(*ranked: bool | None, **facts: Any) -> str:
+    """The sentence about a budget of 8 ranks, 4 in the end, of modules that are ranked or not."""
+    modules = [module(f"m{n}", ranked=each) for n, each in enumerate(ranked)]
+    found = adapter("default", modules, **{"init_budget": 8, "budget": 8, "target_budget": 4, **facts})
+    return next(line for line in summary(found) if "budget" in line or "no module" in line)
+
+
+def test_budget_in_a_sentence() -> None:
+    assert budget(True, True, False) == "2 modules share a budget of 8 ranks, 4 in the end; 1 other keeps its 8"
+    assert budget(True, False, False) == "1 module has a budget of 8 ranks, 4 in the end; 2 others keep their 16"
+    assert budget(True, init_budget=1, budget=1, target_budget=1) == "1 module has a budget of 1 rank, 1 in the end"
+    assert budget(True, True, budget=6) == "2 modules share a budget of 8 ranks at the start, 6 now, 4 in the end"
+    assert budget(True, True, budget=4) == "2 modules share a budget of 4 ranks, 8 at the start"
+    assert budget(True, budget=None) == (
+        "1 module has a budget of 8 ranks at the start, 4 in the end (how many now is not known)"
     )
+    assert budget(True, budget=None, saved=True) == "1 module has a budget of 8 ranks at the start, 4 in the end"
+    assert budget(True, budget=None, saved=True, target_budget=None) == "1 module has a budget of 8 ranks at the start"
+    assert budget(False, False) == "no module is ranked, so no rank is pruned"
+
+
+def test_modules_without_ranks_are_no_others() -> None:
+    modules = [module("q"), module("k", 0, 0, ranked=False)]
+    assert "keep" not in " ".join(summary(adapter("default", modules)))
+
+
+@pytest.mark.parametrize(
+    ("step", "final_step", "title", "said"),
+    [
+        (20, 20, ", ranks final since step 20", ""),
+        # PEFT's allocator is not told the steps after the finalising one.
+        (21, 20, ", ranks final since step 20", ""),
+        (19, 20, ", step 19", "AdaLoRA settles them at step 20 (total_step - tfinal), and the last step it saw is 19"),
+        (19, None, ", step 19", ""),
+        (None, 20, "", ""),
+    ],
+)
+def test_ranks_are_final_or_not(step: int | None, final_step: int | None, title: str, said: str) -> None:
+    found = adapter("default", [module("q", every=scored(9))], step=step, final_step=final_step)
+    assert str(Report((found,))).partition("\n")[0] == f"AdaLoRA adapter 'default'{title}"
+    lines = [line for line in summary(found) if "not final" in line]
+    assert [said in line for line in lines] == [True] * bool(said)
+
+
+def test_modules_that_ended_with_no_rank_are_named() -> None:
+    modules = [*stack((0, 1, 2, 4), "q", kept=0), *stack((0, 1), "k"), module("head", 0)]
+    for facts, title in (
+        ({"step": 9, "final_step": 9}, "Ended with no rank"),
+        ({"step": 8, "final_step": 9}, "No rank left"),
+        ({"step": 8}, "No rank left"),
+        ({"saved": True}, "Ended with no rank"),
+        (UNTRAINED, "Ended with no rank"),
+    ):
+        (section,) = [s for s in sections(adapter("default", modules, **facts)) if "no rank" in s.title.lower()]
+        assert section.title == f"{title}: these are as in the base model"
+        assert section.rows == (("q", "0-2, 4", "4"), ("head", "", "1"))
+    assert not [s for s in sections(adapter("default", stack((0,), "q"))) if "no rank" in s.title.lower()]
 
 
 def test_two_kinds_that_differ_in_a_number_alone_are_merged_among_seventeen() -> None:
@@ -364,7 +423,7 @@ def test_two_kinds_that_differ_in_a_number_alone_are_merged_among_seventeen() ->
 
 def test_no_adapter() -> None:
     assert str(Report(())) == "AdaLoRA: no adapter"
-    assert Report(())._repr_html_() == "<p>AdaLoRA: no adapter</p>"
+    assert ">AdaLoRA: no adapter</p>" in Report(())._repr_html_()
 
 
 def test_every_golden_file_is_compared() -> None:
@@ -388,10 +447,10 @@ def test_more_rows_than_are_shown(count: int, groups: str, kinds: str) -> None:
     found = [*sections(adapter("in a layer", modules, step=50)), *sections(adapter("in none", alone, step=50))[1:]]
     shown = list(letters[:24])
     assert [(section.title, section.note, [row[0] for row in section.rows]) for section in found] == [
-        ("Ranked, but left out of scoring in part or at times", groups, shown),
+        ("Ranked, but some parts are not always scored", groups, shown),
         ("By kind of module", kinds, shown),
         ("Ranks kept, by layer", kinds, shown),
-        ("Ranks kept, elsewhere", kinds.replace("kind", "module"), [f"{letter}.alone" for letter in shown]),
+        ("Ranks kept, outside of layers", kinds.replace("kind", "module"), [f"{letter}.alone" for letter in shown]),
     ]
 
 
@@ -453,11 +512,26 @@ def test_scores_and_pruned_ranks_tell_of_a_training(tells: bool, facts: dict[str
         ("q", "q", None),
         ("", "", None),
         ("layers.12.q", "layers.*.q", 12),
-        ("0.q", "*.q", 0),
-        ("blocks.7", "blocks.*", 7),
+        ("h.3.c_attn", "h.*.c_attn", 3),
+        ("encoder.layer.3.q", "encoder.layer.*.q", 3),
+        ("visual.transformer.resblocks.3.q", "visual.transformer.resblocks.*.q", 3),
+        ("decoder_layers.3.q", "decoder_layers.*.q", 3),
+        ("albert_layer_groups.0.albert_layers.2.q", "albert_layer_groups.0.albert_layers.*.q", 2),
         ("block.3.layer.1.q", "block.*.layer.1.q", 3),
+        ("down_blocks.2.attentions.1.q", "down_blocks.*.attentions.1.q", 2),
+        ("layers.2b.03.q", "layers.2b.03.q", None),
         ("layer1.fc2.w-3", "layer1.fc2.w-3", None),
-        ("layers.2b.03.q", "layers.2b.*.q", 3),
+        # Parts of an nn.Sequential, and matrices in a list of them.
+        ("0.q", "0.q", None),
+        ("coarse_branch.2", "coarse_branch.2", None),
+        ("head.1.dense", "head.1.dense", None),
+        ("layers.2", "layers.2", None),
+        # Experts.
+        ("experts.3.w", "experts.3.w", None),
+        ("expert_layers.3.w", "expert_layers.3.w", None),
+        ("layers.2.experts.3.w", "layers.*.experts.3.w", 2),
+        ("h", "h", None),
+        ("width.3.q", "width.3.q", None),
     ],
 )
 def test_place(name: str, kind: str, layer: int | None) -> None:
@@ -469,8 +543,12 @@ PLACES: dict[str, dict[str, tuple[str, int | None]]] = {
         "0.model.layer.7.q": ("0.model.layer.*.q", 7),
         "0.model.layer.8.q": ("0.model.layer.*.q", 8),
         "0.model.layer.8.k": ("0.model.layer.*.k", 8),
-        "0.model.pooler": ("*.model.pooler", 0),
-        "2.linear": ("*.linear", 2),
+        "0.model.pooler": ("0.model.pooler", None),
+        "2.linear": ("2.linear", None),
+    },
+    "a model in a block": {
+        "block.0.model.layers.7.q": ("block.0.model.layers.*.q", 7),
+        "block.0.model.layers.8.q": ("block.0.model.layers.*.q", 8),
     },
     "experts in layers": {
         "layers.0.experts.0.w": ("layers.*.experts.0.w", 0),
@@ -486,7 +564,12 @@ PLACES: dict[str, dict[str, tuple[str, int | None]]] = {
         "block.0.layer.0.q": ("block.*.layer.0.q", 0),
         "block.0.layer.1.wi": ("block.*.layer.1.wi", 0),
     },
-    "ends with the number": {"trunk.0": ("trunk.*", 0), "trunk.2": ("trunk.*", 2), "head": ("head", None)},
+    "a Sequential beside layers": {
+        "layers.0.q": ("layers.*.q", 0),
+        "trunk.0": ("trunk.0", None),
+        "trunk.2": ("trunk.2", None),
+        "head": ("head", None),
+    },
 }
 
 
@@ -641,7 +724,7 @@ def plain() -> Report:
     skipped = ParameterReport("q.lora_B.default", "B", (), False, True, 3, {"frozen": 2}, 1, 4, True)
     several = AdapterReport(
         "default", 4, 8, 6, 4, 2, (ModuleReport("q", 2, 1, False, "frozen", 0.5, (parameter, skipped)),),
-        ("Change it.",), (HistoryPoint(1, 8, 9, 2), HistoryPoint(2, 7, 8, 0)),
+        ("Change it.",), (HistoryPoint(1, 8, 9, 2), HistoryPoint(2, 7, 8, 0)), final_step=6,
     )  # fmt: skip
     return Report((several, AdapterReport("other", None, None, None, None, 0, (), saved=True)))
 
@@ -697,6 +780,7 @@ PLAIN = {
                 {"step": 2, "budget": 7, "total_rank": 8, "skipped": 0},
             ],
             "saved": False,
+            "final_step": 6,
         },
         {
             "adapter": "other",
@@ -709,6 +793,7 @@ PLAIN = {
             "advice": [],
             "history": [],
             "saved": True,
+            "final_step": None,
         },
     ]
 }

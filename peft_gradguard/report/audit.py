@@ -120,7 +120,13 @@ def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
         modules=modules,
         advice=advice(look, modules),
         history=tuple(look.counts.history),
+        final_step=_final_step(look),
     )
+
+
+def _final_step(look: Look) -> int | None:
+    total: int | None = look.config.total_step
+    return None if look.allocator is None or total is None else total - look.config.tfinal
 
 
 def _ranked(look: Look) -> set[str]:
