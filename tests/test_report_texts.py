@@ -151,8 +151,8 @@ def training() -> Report:
                 ],
                 step=20,
             ),
-            adapter("at the end", under_way, step=20, final_step=20, budget=16),
-            adapter("ended too early", under_way, step=20, final_step=21),
+            adapter("at the end", under_way, step=20, final_step=20, final=True, budget=16),
+            adapter("ended too early", under_way, step=20, final_step=21, final=False),
         )
     )
 
@@ -382,18 +382,20 @@ def test_modules_without_ranks_are_no_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "final_step", "title", "said"),
+    ("step", "final_step", "final", "title", "said"),
     [
-        (20, 20, ", ranks final since step 20", ""),
-        # PEFT's allocator is not told the steps after the finalising one.
-        (21, 20, ", ranks final since step 20", ""),
-        (19, 20, ", step 19", "AdaLoRA settles them at step 20 (total_step - tfinal), and the last step it saw is 19"),
-        (19, None, ", step 19", ""),
-        (None, 20, "", ""),
+        (20, 20, True, ", ranks final since step 20", ""),
+        (21, 20, True, ", ranks final since step 20", ""),
+        (19, 20, False, ", step 19", "settles them at step 20 (total_step - tfinal), and the last step it saw is 19"),
+        # The guard was off when they were settled, or total_step was raised after it.
+        (19, 20, True, ", ranks final", ""),
+        (19, None, None, ", step 19", ""),
+        (None, 20, None, "", ""),
     ],
 )
-def test_ranks_are_final_or_not(step: int | None, final_step: int | None, title: str, said: str) -> None:
-    found = adapter("default", [module("q", every=scored(9))], step=step, final_step=final_step)
+def test_ranks_are_final_or_not(step: int | None, final_step: int | None, final: bool, title: str, said: str) -> None:
+    modules = [module("q", every=scored(9))]
+    found = adapter("default", modules, step=step, final_step=final_step, final=final)
     assert str(Report((found,))).partition("\n")[0] == f"AdaLoRA adapter 'default'{title}"
     lines = [line for line in summary(found) if "not final" in line]
     assert [said in line for line in lines] == [True] * bool(said)
@@ -402,8 +404,8 @@ def test_ranks_are_final_or_not(step: int | None, final_step: int | None, title:
 def test_modules_that_ended_with_no_rank_are_named() -> None:
     modules = [*stack((0, 1, 2, 4), "q", kept=0), *stack((0, 1), "k"), module("head", 0)]
     for facts, title in (
-        ({"step": 9, "final_step": 9}, "Ended with no rank"),
-        ({"step": 8, "final_step": 9}, "No rank left"),
+        ({"step": 9, "final_step": 9, "final": True}, "Ended with no rank"),
+        ({"step": 8, "final_step": 9, "final": False}, "No rank left"),
         ({"step": 8}, "No rank left"),
         ({"saved": True}, "Ended with no rank"),
         (UNTRAINED, "Ended with no rank"),
@@ -724,7 +726,7 @@ def plain() -> Report:
     skipped = ParameterReport("q.lora_B.default", "B", (), False, True, 3, {"frozen": 2}, 1, 4, True)
     several = AdapterReport(
         "default", 4, 8, 6, 4, 2, (ModuleReport("q", 2, 1, False, "frozen", 0.5, (parameter, skipped)),),
-        ("Change it.",), (HistoryPoint(1, 8, 9, 2), HistoryPoint(2, 7, 8, 0)), final_step=6,
+        ("Change it.",), (HistoryPoint(1, 8, 9, 2), HistoryPoint(2, 7, 8, 0)), final_step=6, final=False,
     )  # fmt: skip
     return Report((several, AdapterReport("other", None, None, None, None, 0, (), saved=True)))
 
@@ -781,6 +783,7 @@ PLAIN = {
             ],
             "saved": False,
             "final_step": 6,
+            "final": False,
         },
         {
             "adapter": "other",
@@ -794,6 +797,7 @@ PLAIN = {
             "history": [],
             "saved": True,
             "final_step": None,
+            "final": None,
         },
     ]
 }

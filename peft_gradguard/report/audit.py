@@ -121,12 +121,22 @@ def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
         advice=advice(look, modules),
         history=tuple(look.counts.history),
         final_step=_final_step(look),
+        final=_final(look),
     )
 
 
 def _final_step(look: Look) -> int | None:
     total: int | None = look.config.total_step
     return None if look.allocator is None or total is None else total - look.config.tfinal
+
+
+def _final(look: Look) -> bool | None:
+    step, final_step = look.counts.step, _final_step(look)
+    if step is None or final_step is None or look.allocator is None:
+        return None
+    # PEFT forgets the scores when it settles the ranks: all that tells of it where the guard was off at that step.
+    scored = any(count.scored for count in look.counts.of_each().values())
+    return step >= final_step or (scored and not look.allocator.exp_avg_ipt)
 
 
 def _ranked(look: Look) -> set[str]:
@@ -230,7 +240,7 @@ def _budget(look: Look, modules: tuple[ModuleReport, ...]) -> tuple[int | None, 
     else:
         init = sum(module.rows for module in ranked)
         target = look.config.target_r * len(ranked)
-    step = look.counts.step
+    step = _final_step(look) if _final(look) else look.counts.step
     if step is not None:
         return init, _scheduled(look.config, step, init, target), target
     # The steps of a training without the guard are not known.

@@ -101,8 +101,5 @@ class AdapterReport:
     """Whether it was read from a saved adapter, which tells ranks and shapes, and not what was trained or when."""
     final_step: int | None = None
     """The step at which AdaLoRA settles the ranks for good (``total_step - tfinal``), or None where not known."""
-
-    @property
-    def final(self) -> bool | None:
-        """Whether the ranks are final: the finalising step was taken. None before training, or where not known."""
-        return None if self.step is None or self.final_step is None else self.step >= self.final_step
+    final: bool | None = None
+    """Whether that has happened, so that the ranks change no more; None before training, or where not known."""

@@ -45,7 +45,11 @@ def moment(adapter: AdapterReport) -> str:
     """Return when the report was made, as far as known: ``step 20``, ``ranks final since step 320`` or nothing."""
     if adapter.step is None:
         return ""
-    return f"ranks final since step {adapter.final_step}" if adapter.final else f"step {adapter.step}"
+    if not adapter.final:
+        return f"step {adapter.step}"
+    # They can be final before, of a training whose total_step was raised after it.
+    since = f" since step {adapter.final_step}" if adapter.step >= (adapter.final_step or 0) else ""
+    return f"ranks final{since}"
 
 
 def sharing(adapter: AdapterReport) -> str:
@@ -315,14 +319,11 @@ def _trainable(modules: Sequence[ModuleReport]) -> str:
 
 def _no_rank_left(adapter: AdapterReport, kinds: _Kinds) -> Section:
     """Return the modules that are as the base model has them: all their ranks are pruned."""
-    empty: dict[str, list[ModuleReport]] = {}
+    empty: dict[str, list[int | None]] = {}
     for module in adapter.modules:
         if not module.rank_kept:
-            empty.setdefault(kinds.of[module.name], []).append(module)
-    rows = [
-        (kinds.label(kind, modules), ranges(kinds.layer[module.name] for module in modules), str(len(modules)))
-        for kind, modules in empty.items()
-    ]
+            empty.setdefault(kinds.one_by_one[module.name], []).append(kinds.layer[module.name])
+    rows = [(label, ranges(layers), str(len(layers))) for label, layers in empty.items()]
     ended = adapter.final or adapter.saved or adapter.init_budget is None
     title = f"{'Ended with no rank' if ended else 'No rank left'}: these are as in the base model"
     more = _more(len(rows) - MANY_ROWS, "kind")
