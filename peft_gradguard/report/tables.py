@@ -25,7 +25,7 @@ GAP = 2
 LINE = "1px solid rgba(128, 128, 128, 0.4)"
 """A grey that shows on white and on black. No other colour is set: all else is the notebook's or the page's."""
 STYLES = {
-    "div": "font-size: 0.9rem; line-height: 1.5",
+    "div": "font-family: system-ui, sans-serif; font-size: 0.9rem; line-height: 1.5",
     "h4": "margin: 1.2em 0 0.5em; font-size: 1.15em",
     "p": "margin: 0.5em 0",
     "ul": "margin: 0.5em 0; padding-left: 1.5em",
