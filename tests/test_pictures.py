@@ -154,12 +154,12 @@ def test_scale_reaches_from_none_to_the_most_ranks_but_has_a_length(ranks: int, 
 
 
 def test_columns_are_one_apart_and_the_one_without_a_layer_stands_aside() -> None:
-    names = ["layers.7.q", "head", "layers.2.k", "layers.11.q", "other.layers.2.q"]
+    names = ["layers.7.q", "head", "layers.2.k", "layers.11.q", "x.layers.2.q"]
     grid = grid_of([module(name) for name in names])
     assert list(grid.columns.items()) == [(2, 0), (7, 1), (11, 2), (None, 3.5)]
-    assert list(grid.rows.items()) == [("layers.*.q", 0), ("layers.*.k", 1), ("head", 2.5), ("other.layers.*.q", 4)]
+    assert list(grid.rows.items()) == [("layers.*.q", 0), ("layers.*.k", 1), ("head", 2.5), ("x.layers.*.q", 4)]
     assert [(x, y, m.name) for x, y, m in grid.cells] == [
-        (1, 0, "layers.7.q"), (3.5, 2.5, "head"), (0, 1, "layers.2.k"), (2, 0, "layers.11.q"), (0, 4, "other.layers.2.q"),
+        (1, 0, "layers.7.q"), (3.5, 2.5, "head"), (0, 1, "layers.2.k"), (2, 0, "layers.11.q"), (0, 4, "x.layers.2.q"),
     ]  # fmt: skip
     assert grid_of([module("q"), module("k")]).columns == {None: 0}
 

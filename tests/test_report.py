@@ -808,7 +808,7 @@ class Deep(nn.Module):
         self.head_of_no_layer = nn.Linear(4, 4)
         self.layers = nn.ModuleDict(
             {
-                f"{side}_of_a_model_with_names_that_do_not_fit_into_any_line_of_a_terminal": nn.ModuleList(
+                f"{side}_of_a_model_with_names_that_do_not_fit_into_any_line_of_a_terminal_layers": nn.ModuleList(
                     nn.ModuleDict({f"self_attention_{k}_projection_of_some_length": nn.Linear(4, 4) for k in "qv"})
                     for _ in range(30)
                 )

@@ -240,8 +240,10 @@ def _budget(look: Look, modules: tuple[ModuleReport, ...]) -> tuple[int | None, 
     else:
         init = sum(module.rows for module in ranked)
         target = look.config.target_r * len(ranked)
-    step = _final_step(look) if _final(look) else look.counts.step
+    step = look.counts.step
     if step is not None:
+        if _final(look):
+            step = max(step, _final_step(look) or 0)
         return init, _scheduled(look.config, step, init, target), target
     # The steps of a training without the guard are not known.
     return init, None if trained(modules) else init, target
