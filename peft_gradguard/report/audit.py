@@ -134,9 +134,11 @@ def _final(look: Look) -> bool | None:
     step, final_step = look.counts.step, _final_step(look)
     if step is None or final_step is None or look.allocator is None:
         return None
-    # PEFT forgets the scores when it settles the ranks: all that tells of it where the guard was off at that step.
-    scored = any(count.scored for count in look.counts.of_each().values())
-    return step >= final_step or (scored and not look.allocator.exp_avg_ipt)
+    if step >= final_step:
+        return True
+    # PEFT forgets the scores when it settles the ranks, and the guard may have been off then; or they were never kept.
+    forgotten = not look.allocator.exp_avg_ipt and any(count.scored for count in look.counts.of_each().values())
+    return None if forgotten else False
 
 
 def _ranked(look: Look) -> set[str]:
@@ -242,8 +244,6 @@ def _budget(look: Look, modules: tuple[ModuleReport, ...]) -> tuple[int | None, 
         target = look.config.target_r * len(ranked)
     step = look.counts.step
     if step is not None:
-        if _final(look):
-            step = max(step, _final_step(look) or 0)
         return init, _scheduled(look.config, step, init, target), target
     # The steps of a training without the guard are not known.
     return init, None if trained(modules) else init, target

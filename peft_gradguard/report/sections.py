@@ -45,11 +45,7 @@ def moment(adapter: AdapterReport) -> str:
     """Return when the report was made, as far as known: ``step 20``, ``ranks final since step 320`` or nothing."""
     if adapter.step is None:
         return ""
-    if not adapter.final:
-        return f"step {adapter.step}"
-    # They can be final before, of a training whose total_step was raised after it.
-    since = f" since step {adapter.final_step}" if adapter.step >= (adapter.final_step or 0) else ""
-    return f"ranks final{since}"
+    return f"ranks final since step {adapter.final_step}" if adapter.final else f"step {adapter.step}"
 
 
 def sharing(adapter: AdapterReport) -> str:

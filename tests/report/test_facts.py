@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
+from peft.tuners.adalora import RankAllocator
 from torch import nn
 
 import peft_gradguard
@@ -106,13 +107,32 @@ def test_final_ranks_are_dated_by_the_step_that_settled_them(model: peft.PeftMod
 
 
 @pytest.mark.peft
-def test_ranks_that_were_settled_while_the_guard_was_off_are_final(model: peft.PeftModel) -> None:
+def test_nothing_is_claimed_of_ranks_that_were_settled_while_the_guard_was_off(model: peft.PeftModel) -> None:
     train(model, 1, FINAL - 2)
     with peft_gradguard.disabled():
         train(model, FINAL - 1, TOTAL)
-    found = facts(model)
-    assert (found["step"], found["final"], found["budget"]) == (FINAL - 2, True, 16)
-    assert "AdaLoRA adapter 'default', ranks final =" in text(model)
+    assert (facts(model)["step"], facts(model)["final"]) == (FINAL - 2, None)
+    assert f"AdaLoRA adapter 'default', step {FINAL - 2} " in text(model)
+    assert "final:" not in text(model)
+
+
+class OwnScores(RankAllocator):
+    """Scores by itself, and fills none of PEFT's."""
+
+    def update_ipt(self, model: nn.Module) -> None:
+        pass
+
+    def mask_to_budget(self, model: nn.Module, budget: int) -> Any:
+        return None
+
+
+@pytest.mark.peft
+def test_nothing_is_claimed_where_an_allocator_keeps_no_scores(model: peft.PeftModel) -> None:
+    model.base_model.rankallocator = OwnScores(model.base_model.model, model.peft_config["default"], "default")
+    train(model, 1, FINAL - 1)
+    assert facts(model)["final"] is not True
+    train(model, FINAL, FINAL)
+    assert facts(model)["final"] is True
 
 
 @pytest.mark.peft
