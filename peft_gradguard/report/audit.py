@@ -120,7 +120,25 @@ def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
         modules=modules,
         advice=advice(look, modules),
         history=tuple(look.counts.history),
+        final_step=_final_step(look),
+        final=_final(look),
     )
+
+
+def _final_step(look: Look) -> int | None:
+    total: int | None = look.config.total_step
+    return None if look.allocator is None or total is None else total - look.config.tfinal
+
+
+def _final(look: Look) -> bool | None:
+    step, final_step = look.counts.step, _final_step(look)
+    if step is None or final_step is None or look.allocator is None:
+        return None
+    if step >= final_step:
+        return True
+    # PEFT forgets the scores when it settles the ranks, and the guard may have been off then; or they were never kept.
+    forgotten = not look.allocator.exp_avg_ipt and any(count.scored for count in look.counts.of_each().values())
+    return None if forgotten else False
 
 
 def _ranked(look: Look) -> set[str]:

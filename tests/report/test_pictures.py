@@ -67,7 +67,8 @@ RANKS: dict[str, AdapterReport] = {
     ),
     "experts": adapter(stack(2, tuple(f"moe.experts.{expert}.w1" for expert in range(10)))),
     "encoder_and_decoder": adapter(
-        [*PICTURES["encoder and decoder"], *stack(3, (LLAMA[0],), "vision.tower"), module("lm_head")], budget=None
+        [*PICTURES["encoder and decoder"], *stack(3, (LLAMA[0],), "vision.tower.layers"), module("lm_head")],
+        budget=None,
     ),
     # Ranks of four digits make smaller numbers.
     "long_names": adapter(
@@ -154,19 +155,19 @@ def test_scale_reaches_from_none_to_the_most_ranks_but_has_a_length(ranks: int, 
 
 
 def test_columns_are_one_apart_and_the_one_without_a_layer_stands_aside() -> None:
-    names = ["layers.7.q", "head", "layers.2.k", "layers.11.q", "other.2.q"]
+    names = ["layers.7.q", "head", "layers.2.k", "layers.11.q", "x.layers.2.q"]
     grid = grid_of([module(name) for name in names])
     assert list(grid.columns.items()) == [(2, 0), (7, 1), (11, 2), (None, 3.5)]
-    assert list(grid.rows.items()) == [("layers.*.q", 0), ("layers.*.k", 1), ("head", 2.5), ("other.*.q", 4)]
+    assert list(grid.rows.items()) == [("layers.*.q", 0), ("layers.*.k", 1), ("head", 2.5), ("x.layers.*.q", 4)]
     assert [(x, y, m.name) for x, y, m in grid.cells] == [
-        (1, 0, "layers.7.q"), (3.5, 2.5, "head"), (0, 1, "layers.2.k"), (2, 0, "layers.11.q"), (0, 4, "other.2.q"),
+        (1, 0, "layers.7.q"), (3.5, 2.5, "head"), (0, 1, "layers.2.k"), (2, 0, "layers.11.q"), (0, 4, "x.layers.2.q"),
     ]  # fmt: skip
     assert grid_of([module("q"), module("k")]).columns == {None: 0}
 
 
 def test_rows_of_one_stack_stay_together() -> None:
-    grid = grid_of([module(name) for name in ("a.0.q", "b.0.q", "a.0.k", "b.1.k")])
-    assert list(grid.rows.items()) == [("a.*.q", 0), ("a.*.k", 1), ("b.*.q", 2.5), ("b.*.k", 3.5)]
+    grid = grid_of([module(name) for name in ("a.h.0.q", "b.h.0.q", "a.h.0.k", "b.h.1.k")])
+    assert list(grid.rows.items()) == [("a.h.*.q", 0), ("a.h.*.k", 1), ("b.h.*.q", 2.5), ("b.h.*.k", 3.5)]
 
 
 def test_row_labels_name_the_stack_where_it_tells_something() -> None:
@@ -230,15 +231,43 @@ def test_cells_and_marked_corners_are_where_they_belong() -> None:
 
 def test_title() -> None:
     modules = [module("a", 2), module("b", 3)]
-    first = "adapter 'default': 5 of 24 ranks kept"
-    for facts, second in (
-        ({}, "\nstep 400, budget 40"),
-        ({"step": 0, "budget": 0, "unranked_ranks": 12}, "\nstep 0, budget 0, 12 not under it"),
-        ({"step": None, "unranked_ranks": 12}, "\nbudget 40, 12 not under it"),
-        ({"budget": None, "unranked_ranks": 12}, "\nstep 400"),
-        ({"step": None, "budget": None, "unranked_ranks": 12}, ""),
+    one = [module("a", 2), module("b", reason="frozen")]
+    final = {"final_step": 320, "final": True}
+    for drawn, facts, lines in (
+        (modules, {}, ["5 of 24 ranks kept", "step 400", "2 modules share a budget of 40"]),
+        (modules, final, ["5 of 24 ranks kept", "ranks final since step 320", "2 modules share a budget of 40"]),
+        (modules, {"step": None}, ["5 of 24 ranks kept", "2 modules share a budget of 40"]),
+        (modules, {"budget": None}, ["5 of 24 ranks kept", "step 400"]),
+        (
+            one,
+            {"step": 0, "budget": 0, "unranked_ranks": 12},
+            ["14 of 24 ranks kept", "step 0", "1 module has a budget of 0", "1 other keeps its 12"],
+        ),
+        (one[1:], {"unranked_ranks": 12}, ["12 of 12 ranks kept", "step 400"]),
+        (one, {"step": None, "budget": None, "unranked_ranks": 12}, ["14 of 24 ranks kept"]),
     ):
-        assert plots._title(adapter(modules, **facts)) == first + second
+        assert plots._title(adapter(drawn, **facts)) == "\n".join(["adapter 'default': " + lines[0], *lines[1:]])
+
+
+def test_what_is_in_no_layer_is_named_as_what_it_is() -> None:
+    names = ["layers.0.q", "layers.1.q", "branch.0", "branch.2", "experts.0.w", "experts.1.w"]
+    axes = plot_ranks(adapter([module(name) for name in names]))
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "none"]
+    assert axes.get_xlabel() == "layer"
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["q", *names[2:]]
+    assert [x for x, _, _ in grid_of([module(name) for name in names]).cells] == [0, 1, 2.5, 2.5, 2.5, 2.5]
+
+
+def test_no_word_of_layers_where_there_are_none() -> None:
+    axes = plot_ranks(adapter([module("trunk.0"), module("trunk.2")]))
+    assert [text.get_text() for text in axes.get_xticklabels()] == [""]
+    assert axes.get_xlabel() == ""
+
+
+def test_a_file_that_does_not_tell_what_is_ranked_gives_no_hatch() -> None:
+    axes = plot_ranks(adapter([replace(module("layers.0.q"), ranked=None)]))
+    assert [patch.get_hatch() for patch in axes.patches] == [None]
+    assert labels(axes) == []
 
 
 def test_legend_of_both_kinds() -> None:
