@@ -729,8 +729,9 @@ def test_options_of_the_interpreter(options: list[str], before: str) -> None:
 def test_arguments_that_the_guard_does_not_know_reach_update_ipt(
     model: peft.PeftModel, monkeypatch: pytest.MonkeyPatch, rest: tuple[str, ...], more: dict[str, str]
 ) -> None:
-    from peft_gradguard import guard
     from peft_gradguard.hooks import GuardWrapper, is_enabled
+
+    from peft_gradguard import guard
 
     given = []
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
+from peft_gradguard.advice import _overlap
+from peft_gradguard.skips import known_memory
 from scenarios import (
     DELTA,
     FINALISING,
@@ -43,8 +45,6 @@ from torch import nn
 import peft_gradguard
 from peft_gradguard import counts as guard_counts
 from peft_gradguard import tables
-from peft_gradguard.advice import _overlap
-from peft_gradguard.skips import known_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
