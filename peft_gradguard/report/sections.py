@@ -229,7 +229,7 @@ def _times(reason: SkipReason, parameters: Sequence[ParameterReport]) -> tuple[s
     """Return ``3 to 5 of 20``, and the largest share."""
     skipped = [parameter.steps_skipped.get(reason, 0) for parameter in parameters]
     steps = [parameter.steps_scored + sum(parameter.steps_skipped.values()) for parameter in parameters]
-    if not any(steps):
+    if not any(steps) or reason == "warming up":
         return "", 0.0
     share = max(some / max(every, 1) for some, every in zip(skipped, steps, strict=True))
     return f"{_span(min(skipped), max(skipped), ' to ')} of {max(steps)}", share
