@@ -245,7 +245,7 @@ def _left_section(
 
 def _reasons(module: ModuleReport, begun: bool) -> dict[SkipReason, list[ParameterReport]]:
     """Return why parts of the module are or were left out."""
-    if not module.ranked and module.reason == "inside modules_to_save":
+    if not module.ranked and module.reason in ("inside modules_to_save", "warming up"):
         return {module.reason: list(module.parameters)}
     found: dict[SkipReason, list[ParameterReport]] = {}
     for parameter in module.parameters:
@@ -267,7 +267,7 @@ def _times(reason: SkipReason, parameters: Sequence[ParameterReport]) -> tuple[s
     """Return ``3 to 5 of 20``, and the largest share."""
     skipped = [(parameter.steps_skipped or {}).get(reason, 0) for parameter in parameters]
     steps = [(p.steps_scored or 0) + sum((p.steps_skipped or {}).values()) for p in parameters]
-    if not any(steps):
+    if not any(steps) or reason == "warming up":
         return "", 0.0
     share = max(some / max(every, 1) for some, every in zip(skipped, steps, strict=True))
     return f"{_span(min(skipped), max(skipped), ' to ')} of {max(steps)}", share

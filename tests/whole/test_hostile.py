@@ -437,7 +437,7 @@ def test_percent_in_a_name_is_scored_and_logged(said: Callable[[], list[str]], p
     model.get_parameter(f"{INNER}layers.50%.lora_A.default").requires_grad = False
     train_odd(model, last=3)
     assert len(model.base_model.rankallocator.exp_avg_ipt) == 5
-    assert ["layers.50%.lora_A.default is left out" in message for message in said()] == [True]
+    assert [message.splitlines()[1:] for message in said()] == [["  layers.50%.lora_A.default"]]
     # Masking formats names (``name_m % "lora_E"``), so that plain PEFT fails there too.
     assert percent_error() == plain(percent_error) != "no error"
 
@@ -487,5 +487,5 @@ def test_options_of_the_interpreter(options: list[str], before: str) -> None:
     )
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout.splitlines()[-1]) == [3 * TARGET_R, 3]
-    assert found.stdout.count("WARNING:peft_gradguard:") == 4
+    assert found.stdout.count("WARNING:peft_gradguard:") == 2
     assert "peft_gradguard" not in found.stderr
