@@ -27,7 +27,7 @@ def test_update_ipt_called_directly_says_that_it_knows_no_step(
     frozen("trunk.0", "lora_A")(model, 0)
     backward(model, 1)
     model.base_model.rankallocator.update_ipt(model.base_model.model)
-    assert [(record.parameter, record.step) for record in records] == [("trunk.0.lora_A.default", None)]
+    assert [(record.parameters, record.step) for record in records] == [(["trunk.0.lora_A.default"], None)]
     assert "step unknown" in records[0].getMessage()
 
 
