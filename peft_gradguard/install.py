@@ -79,5 +79,9 @@ def _apply(module: ModuleType) -> None:
             register()
             for name, arguments in METHODS.items():
                 wrap(module.RankAllocator, name, getattr(guard, name), arguments)
+            # PEFT 0.5 has none, and leaves requires_grad alone.
+            layer = getattr(module, "AdaLoraLayer", object)
+            if hasattr(layer, "enable_adapters"):
+                wrap(layer, "enable_adapters", guard.enable_adapters, ("self", "enabled"))
     except Exception:
         say(logging.WARNING, "peft_gradguard could not be applied: AdaLoRA runs unguarded.", exc_info=True)
