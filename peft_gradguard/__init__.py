@@ -24,7 +24,7 @@ from .model.exclusions import exclude
 from .report.facts import AdapterReport as AdapterReport
 from .report.facts import ModuleReport as ModuleReport
 from .report.facts import ParameterReport as ParameterReport
-from .report.report import Report as Report
+from .report.report import Report as Report  # noqa: TC001 - for the user
 from .settings import read_switch
 from .switch import hint_at_exit
 
