@@ -43,8 +43,9 @@ build: .venv/ready  ## wheel and source distribution, and what checks them
 proof: .venv/stacks  ## the guard against the oracle of its rules, in 20,000 random trainings
 	$(BIN)/python -m pytest tests/whole/test_oracle.py -k "not release" --hypothesis-profile=long --hypothesis-show-statistics
 
-soak: .venv/stacks  ## 50,000 steps and 200 models: memory, log lines, what is left behind
+soak: .venv/stacks  ## 50,000 steps and 200 models, and 2,000 trainings in four threads: memory, log lines, errors
 	$(BIN)/python tests/support/soak.py
+	$(BIN)/python -W ignore tests/support/soak_threads.py
 
 docs: .venv/ready  ## the docs as pages, in site/; a dead link is an error
 	$(PIP) --editable ".[docs]"

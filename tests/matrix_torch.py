@@ -1,4 +1,4 @@
-"""Run the tests that face PEFT on other releases of torch. Downloads gigabytes, so it is run by hand: ``make matrix-torch``.
+"""Run the tests that face PEFT on other releases of torch: ``make matrix-torch``, by hand, as it downloads gigabytes.
 
 Each row gets a virtual environment of its own under ``.matrix``. ``python tests/matrix_torch.py 2.4.1`` runs one row.
 Rows for which this Python has no torch are named and left out.

@@ -202,7 +202,7 @@ def test_compiled_model_and_optimizer(device: torch.device) -> None:
 
 @pytest.mark.cuda_only
 def test_an_allocator_call_cannot_be_recorded_in_a_cuda_graph(device: torch.device) -> None:
-    """PEFT reads values where it masks (kthvalue, tolist). What matters: an error that names it, and training can go on."""
+    """PEFT reads values where it masks. What matters: an error that names it, and a training that can go on."""
     model = make(device)
     train(copy.deepcopy(model), device)
     model(inputs(device, 1, torch.float32)).pow(2).mean().backward()
