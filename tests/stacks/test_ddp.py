@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Launch = Callable[..., list[dict[str, Any]]]
 
-BRANCH = factors("branch.0", "branch.2", of="E")
+BRANCH, BRANCH_TOO = (factors("branch.0", "branch.2", of=of) for of in ("E", "AB"))
 """The loss carries AdaLoRA's regulariser, which reaches every A and B."""
 
 
@@ -26,17 +26,20 @@ def test_used_on_some_rank_is_scored_on_all(torchrun: Launch, mode: str, case: s
 
 
 @pytest.mark.parametrize(
-    ("case", "reason", "names", "ranked"),
+    ("case", "reason", "names", "others", "ranked"),
     [
-        ("unused on both", "no gradient", BRANCH, 2),
-        ("unused on both in some steps", "no gradient", BRANCH, 4),
-        ("frozen", "frozen", factors("trunk.0"), 3),
+        ("unused on both", "no gradient", BRANCH, {}, 2),
+        # Once E has a gradient, A and B are named as well: the ranks of late-comers wait for a warm-up of their own.
+        ("unused on both in some steps", "no gradient", BRANCH, {"warming_up": BRANCH_TOO}, 4),
+        ("frozen", "frozen", factors("trunk.0"), {}, 3),
     ],
 )
-def test_skips_agree(torchrun: Launch, case: str, reason: str, names: set[str], ranked: int) -> None:
+def test_skips_agree(
+    torchrun: Launch, case: str, reason: str, names: set[str], others: dict[str, set[str]], ranked: int
+) -> None:
     reports = torchrun("ddp", "guard")
     assert_right(reports, case, ranked)
-    assert_said(reports, case, reason, names)
+    assert_said(reports, case, reason, names, **others)
     assert_named(torchrun("ddp", "plain"), case, "TypeError", "NoneType")
 
 

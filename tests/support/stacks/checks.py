@@ -38,14 +38,15 @@ def assert_right(reports: list[dict[str, Any]], case: str, ranked: int = 4) -> d
     return result
 
 
-def assert_said(reports: list[dict[str, Any]], case: str, reason: str, names: set[str]) -> None:
-    """Every name once, on both ranks, at WARNING on the first one only."""
+def assert_said(reports: list[dict[str, Any]], case: str, reason: str, names: set[str], **others: set[str]) -> None:
+    """Every name once, on both ranks, at WARNING on the first one only; ``others``: those with another reason."""
+    expected = {reason: names, **{other.replace("_", " "): of_it for other, of_it in others.items()}}
     for report, level in zip(reports, ("WARNING", "DEBUG"), strict=True):
         # At DEBUG on both: PEFT scores by itself here, which test_deepspeed.py and test_fsdp.py look at.
         records = [record for record in report[case]["records"] if LEFT_TO_PEFT not in record["message"]]
         assert {record["level"] for record in records} <= {level}
-        assert sorted(name for record in records for name in record["parameters"]) == sorted(names)
-        assert {record["reason"] for record in records} <= {reason}
+        said = [(record["reason"], name) for record in records for name in record["parameters"]]
+        assert sorted(said) == sorted((reason, name) for reason, of_it in expected.items() for name in of_it)
 
 
 def assert_left_to_peft(reports: list[dict[str, Any]], case: str, why: str) -> None:
