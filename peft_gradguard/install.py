@@ -10,16 +10,15 @@ import importlib
 import logging
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import wrapt
 
 from .log import say
 from .switch import is_enabled, switch_on
-from .wrapper import METHODS, TARGET, GuardWrapper, is_guarded, mismatch
+from .wrapper import METHODS, TARGET, mismatch, wrap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import ModuleType
 
 _lock = threading.RLock()
@@ -78,17 +77,7 @@ def _apply(module: ModuleType) -> None:
 
         with _lock:
             register()
-            for name in METHODS:
-                _wrap(module.RankAllocator, name, getattr(guard, name))
+            for name, arguments in METHODS.items():
+                wrap(module.RankAllocator, name, getattr(guard, name), arguments)
     except Exception:
         say(logging.WARNING, "peft_gradguard could not be applied: AdaLoRA runs unguarded.", exc_info=True)
-
-
-def _wrap(allocator_class: type, name: str, guarded: Callable[..., Any]) -> None:
-    """Wrap one method by ``guarded(peft, allocator, /, ...)``: Python binds the call's arguments to its parameters."""
-
-    def wrapper(peft: Callable[..., Any], allocator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return guarded(peft, allocator, *args, **kwargs)
-
-    if not is_guarded(vars(allocator_class).get(name)):
-        wrapt.wrap_object(allocator_class, name, GuardWrapper, (wrapper,), {"enabled": is_enabled})

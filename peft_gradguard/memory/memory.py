@@ -27,6 +27,10 @@ class Memory:
         """Whether the allocator was ever called."""
         self.watched = False
         """Whether it will be seen, at the allocator's end, if it was called."""
+        self.counted: list[str] | None = None
+        """The triplets for which the budget of a subclass that counts in its own way was last counted anew."""
+        self.fills_scores: bool | None = None
+        """Whether the last scoring has filled PEFT's scores: a subclass may keep others. None where not known."""
 
 
 _memories: dict[int, Memory] = {}

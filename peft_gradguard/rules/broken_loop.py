@@ -66,7 +66,7 @@ def _none_can_be_scored(call: AllocatorCall, gradients: StepGradients) -> None:
     reasons, said = gradients.reasons, call.memory.said
     excluded = EXCLUDED in reasons.values()
     # Who excludes all that trains wants just that: its full rank.
-    if not call.allocator.exp_avg_ipt and not excluded:
+    if not call.scored and not excluded:
         raise NoGradientError(
             f"All {len(reasons)} AdaLoRA parameters are frozen (requires_grad is False) and none was ever scored "
             f"{call.at}, so AdaLoRA has nothing to train. Set requires_grad of those that shall train (for example "
@@ -96,7 +96,7 @@ def _late_call(call: AllocatorCall, gradients: StepGradients) -> None:
         return
     refuse_late_call(call.parameters, at)
     found = (Found.LENT_ZEROS if gradients.lent else Found.ZEROS) if zeroed else Found.NOTHING
-    verdict = call.memory.late.found(found, call.parameters, never_scored=not call.allocator.exp_avg_ipt)
+    verdict = call.memory.late.found(found, call.parameters, never_scored=not call.scored)
     if verdict.gives_up and call.memory.late.no_optimizer_steps:
         raise NoGradientError(
             f"The {count} AdaLoRA parameters have no gradient left {at}, and in the last {PATIENCE} calls no torch "

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def warn_of_missed_finalising_step(call: AllocatorCall, rank_pattern: RankPattern | None) -> None:
     """Warn where the final phase begins without its first step: PEFT forgets all scores there, and here are some."""
-    if call.allocator.exp_avg_ipt:
+    if call.scored:
         config = call.allocator.peft_config
         call.memory.said.warn_once(
             "finalising step missed",
