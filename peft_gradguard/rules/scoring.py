@@ -39,11 +39,13 @@ def scoring(call: AllocatorCall) -> Iterator[bool]:
         else:
             nothing_to_score(call, gradients)
         call.any_usable = bool(call.usable)
+        memory.counts.begin(gradients.reasons, call.scored)
         try:
             yield call.any_usable
         finally:
             call.any_usable = None
-        memory.counts.add(call.step, gradients.reasons)
+            memory.counts.look(call.scored)
+        memory.counts.add(call.step)
     memory.late.scored(call.parameters, lent=gradients.lent)
 
 
