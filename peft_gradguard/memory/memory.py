@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..late.calls import LateCalls
 from .counts import Counts
 from .said import Said
+from .seen import Seen
 from .trust import Trust
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class Memory:
         self.said = Said(adapter)
         self.counts = Counts()
         self.late = LateCalls()
+        self.seen = Seen()
         self.trust = Trust()
         self.called = False
         """Whether the allocator was ever called."""
