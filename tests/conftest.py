@@ -40,6 +40,16 @@ def guard() -> None:
     assert peft_gradguard.is_enabled()
 
 
+@pytest.fixture(autouse=True)
+def others_are_quiet() -> Iterator[None]:
+    """What is to be said at the end of a test's trainings is not said in other tests, in which they may end."""
+    yield
+    from peft_gradguard.troubles import ended
+
+    for ending in [*ended.living(), *ended._ended]:
+        ending.judge = lambda: None
+
+
 @pytest.fixture
 def records() -> Iterator[list[logging.LogRecord]]:
     """What the guard has logged in this test, at any level."""

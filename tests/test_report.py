@@ -441,6 +441,10 @@ def test_advice_on_steps_that_cannot_fit(model: peft.PeftModel) -> None:
         config.total_step = total
         assert f"leave none of the total_step={total} steps" in only(model).advice[0]
     config.total_step = TINIT + TFINAL + 1
+    assert "deltaT=2 leaves no masking step" in only(model).advice[0]
+    config.deltaT = 1
+    assert "deltaT=1 leaves no masking step" in only(model).advice[0]
+    config.total_step += 1
     assert only(model).advice == ()
     config.tinit, config.total_step = TFINAL, 2 * TFINAL
     assert f"leave none of the total_step={2 * TFINAL} steps" in only(model).advice[0]

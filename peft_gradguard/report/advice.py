@@ -41,6 +41,8 @@ class Look(NamedTuple):
     pattern: dict[str, list[bool]]
     inside: set[str]
     """Modules inside ``modules_to_save``."""
+    alone: bool
+    """Whether the model has no allocator at all."""
     training: list[str]
     """The names of the adapters that have trainable parameters."""
     seen: Seen
@@ -51,7 +53,8 @@ class Look(NamedTuple):
 def advice(look: Look, modules: tuple[ModuleReport, ...]) -> tuple[str, ...]:
     """Return what to change about this adapter; nothing for one that is only used (it has no allocator)."""
     if look.allocator is None:
-        return (without_allocator(look.adapter),) if look.adapter in look.training else ()
+        # Where the model has an allocator, it is said of the adapter that this one ranks.
+        return (without_allocator(look.adapter),) if look.alone and look.adapter in look.training else ()
     parameters = look.parameters
     # PEFT forgets the scores at the finalising step: after it nothing is left that could still be scored.
     scored = bool(look.allocator.exp_avg_ipt)

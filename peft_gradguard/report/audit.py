@@ -9,8 +9,8 @@ import torch
 from ..memory.counts import Count, Counts
 from ..memory.memory import known_memory
 from ..memory.seen import Seen
+from ..model.adapters import adapters_that_train
 from ..model.exclusions import mark_excluded
-from ..model.layers import adapters_that_train
 from ..model.marks import is_dtensor, whole_shape
 from ..model.parameters import (
     EXCLUDED,
@@ -74,7 +74,7 @@ def _nothing_found(model: object) -> str:
 
 
 def _look(tuner: AdaLoraModel, adapter: str) -> Look:
-    allocator = getattr(tuner, "rankallocator", None)
+    allocator = vars(tuner).get("rankallocator")
     if allocator is not None and allocator.adapter_name != adapter:
         allocator = None
     memory = known_memory(allocator) if allocator is not None else None
@@ -100,10 +100,17 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
         },
         dict(pattern_by_full_name(parameters, pattern, adapter)),
         modules_inside_modules_to_save({parameter.module for parameter in parameters}),
-        adapters_that_train(tuner.model) if allocator is not None or not hasattr(tuner, "rankallocator") else [],
+        "rankallocator" not in vars(tuner),
+        [name for name in adapters_that_train(tuner.model) if _is_for_training(tuner, name)],
         seen,
         counts.warming_up((p.name for p in parameters if p.factor == "E"), config.tinit or 0),
     )
+
+
+def _is_for_training(tuner: AdaLoraModel, adapter: str) -> bool:
+    """Say whether somebody wants this adapter trained: one for inference is trainable too while it is active."""
+    config: Any = tuner.peft_config.get(adapter)
+    return config is not None and not config.inference_mode
 
 
 def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..model.layers import adapters_that_train
+from ..model.adapters import adapters_that_train
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
