@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from .call import AllocatorCall
 
 CAUSES = (
-    "Either update_and_allocate comes before backward or after zero_grad (Trainer's on_step_end), or the adapter is "
-    "disabled, merged or not active."
+    "Either update_and_allocate comes before backward or after zero_grad (Trainer's on_step_end), or the adapter took "
+    "no part in this step (disabled, merged)."
 )
 REMEDY = "Call it after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step."
-KEEPING = "Until then, the gradients that the optimizer has used are kept for it."
+KEEPING = "Until then the optimizer's gradients are kept for it."
 
 LATE = "The %d AdaLoRA parameters have no gradient %s, so nothing is scored. %s %s %s"
 LATE_AND_ZERO = (
