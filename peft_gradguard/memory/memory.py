@@ -25,6 +25,10 @@ class Memory:
         self.trust = Trust()
         self.called = False
         """Whether the allocator was ever called."""
+        self.calls = 0
+        """How many calls of its methods the guard has seen; those that PEFT makes inside of another count too."""
+        self.scorings = 0
+        """How many of them have scored anything."""
         self.watched = False
         """Whether it will be seen, at the allocator's end, if it was called."""
 

@@ -40,6 +40,7 @@ def scoring(call: AllocatorCall) -> Iterator[bool]:
         finally:
             call.any_usable = None
         memory.counts.add(call.step, gradients.reasons)
+        memory.scorings += bool(usable)
     memory.late.scored(call.parameters, lent=gradients.lent)
 
 

@@ -98,6 +98,7 @@ def watch_for_calls(call: AllocatorCall) -> None:
 def note_call(call: AllocatorCall) -> None:
     """Remember that the allocator was called, and say what is to be said of others."""
     call.memory.called = True
+    call.memory.calls += 1
     if _ended:
         say_what_has_ended()
 
