@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ class AdaLoraCallback(TrainerCallback):
             _settle_total_step(tuner.rankallocator, state.max_steps)
         if args.load_best_model_at_end:
             _warn_of_other_ranks(tuners[0].rankallocator)
-        self._runs = [run for run in self._runs if run.state() not in (None, state)]
+        if before is not None:
+            self._forget(before)
         self._runs.append(_Run(state, tuners))
         _come_first(self)
 
@@ -103,11 +105,21 @@ class AdaLoraCallback(TrainerCallback):
         """Forget the training."""
         run = self._run_of(state)
         if run is not None:
-            self._runs.remove(run)
+            self._forget(run)
 
     def _run_of(self, state: TrainerState) -> _Run | None:
         # By identity: one callback may serve several Trainers at once, and states are equal where their numbers are.
-        return next((run for run in self._runs if run.state() is state), None)
+        for run in tuple(self._runs):
+            if run.state() is None:
+                self._forget(run)
+            elif run.state() is state:
+                return run
+        return None
+
+    def _forget(self, run: _Run) -> None:
+        # Other threads may be here too.
+        with contextlib.suppress(ValueError):
+            self._runs.remove(run)
 
 
 class _Run:
