@@ -237,14 +237,14 @@ def train_guarded(digits: Digits) -> peft.PeftModel:
 
 
 def show_records(records: Iterable[logging.LogRecord]) -> None:
-    """Print what the guard logged, one line for each module; the guard gives one record for each parameter."""
+    """Print what the guard logged, one line for each module; the guard gives one record for each reason."""
     print("\nThe guard logged each skipped parameter once, when it was first skipped:")
     factors: dict[tuple[int, str, str], list[str]] = {}
     for record in records:
-        if hasattr(record, "parameter"):
-            module, _, factor = record.parameter.removesuffix(f".{record.adapter}").rpartition(".lora_")
+        for name in getattr(record, "parameters", ()):
+            module, _, factor = name.removesuffix(f".{record.adapter}").rpartition(".lora_")
             factors.setdefault((record.step, record.reason, module), []).append(factor)
-        else:
+        if not hasattr(record, "parameters"):
             print(f"    {record.getMessage()}")
     for (step, reason, module), names in factors.items():
         print(f"    step {step}   {module:<29}   lora_{', lora_'.join(sorted(names))}   {reason}")

@@ -51,16 +51,27 @@ class Facts:
 
 @dataclass
 class Late:
-    """The gradients kept since the first call that came after ``zero_grad``."""
+    """What is known since the first call that found no gradient, or only zeros."""
 
     watched: set[Key]
-    """Where a backward is seen: the parameters that were trainable at that call."""
+    """Where a backward is seen: what was trainable at the first of these calls, or at one that did not fail since."""
     suspicion: bool
     """Whether nothing has shown yet that calls are late, as all gradients were there and zero."""
     copies: bool = False
+    """Whether ``zero_grad`` writes zeros, so that what is lent are copies."""
     kept: dict[Key, torch.Tensor] = field(default_factory=dict)
+    """The gradients that optimizers have used, and that no call has scored."""
+    scored: set[Key] = field(default_factory=set)
+    """What a call has scored of the gradients that are still there."""
     backward_seen: bool = False
+    """Whether a backward has come since the last call."""
     step_seen: bool = False
+    """Whether an optimizer that holds the parameters has stepped since the last call."""
+    without_step: int = 0
+    """The calls in a row that came after a backward, and after no step."""
+
+
+PATIENCE = 50
 
 
 class Oracle:
@@ -71,6 +82,8 @@ class Oracle:
         self.ipt: dict[Key, torch.Tensor] = {}
         self.sensitivity: dict[Key, torch.Tensor] = {}
         self.uncertainty: dict[Key, torch.Tensor] = {}
+        self.scored_at: dict[Key, set[int]] = {}
+        """The steps in which each was scored, be it once or more often."""
         self.pattern: dict[str, list[bool]] | None = None
         self.counted = list(modules)
         """The modules that the budget describes: at first all of them."""
@@ -81,25 +94,38 @@ class Oracle:
         """The ranks at the start, and those at the end (``init_bgt`` and ``target_bgt``)."""
         return self.schedule.init_r * len(self.counted), self.schedule.target_r * len(self.counted)
 
-    def backward(self, used: set[Key]) -> None:
+    def backward(self, reached: set[Key]) -> None:
         if self.late is not None:
-            self.late.backward_seen |= bool(used & self.late.watched)
+            self.late.backward_seen |= bool(reached & self.late.watched)
+            self.late.scored -= reached
 
-    def optimizer_step(self, gradients: dict[Key, torch.Tensor | None]) -> None:
+    def optimizer_step(self, held: set[Key], used: dict[Key, torch.Tensor | None]) -> None:
+        """An optimizer steps what it ``held``; ``used``: the gradients that it went by."""
+        if self.late is None or not held:
+            return
+        self.late.step_seen = True
+        for key in held:
+            gradient = used.get(key)
+            self.late.kept.pop(key, None)
+            if gradient is not None and key not in self.late.scored:
+                self.late.kept[key] = gradient.clone() if self.late.copies else gradient
+
+    def optimizer_left_out(self, held: set[Key]) -> None:
+        """An optimizer was told of an overflow, and has used nothing."""
         if self.late is not None:
-            self.late.step_seen = True
-            copies = self.late.copies
-            self.late.kept = {k: g.clone() if copies else g for k, g in gradients.items() if g is not None}
+            for key in held:
+                self.late.kept.pop(key, None)
 
     def call(self, step: int, facts: Facts) -> dict[str, torch.Tensor]:
         """Return what the E of each module is after the call."""
         energies = {module: facts.weights[Key(module, "E")].clone() for module in self.modules}
         if step < self.schedule.finalising:
             try:
-                self._score(facts)
+                self._score(step, facts)
             finally:
                 if self.late is not None:
                     self.late.backward_seen = self.late.step_seen = False
+                    self.late.kept = {}
         else:
             self.late = None
         if step > self.schedule.finalising:
@@ -118,25 +144,30 @@ class Oracle:
                 scores.clear()
         return energies
 
-    def _score(self, facts: Facts) -> None:
+    def _score(self, step: int, facts: Facts) -> None:
         there = _there(facts, facts.gradients)
-        late = self.late
+        trainable = {key for key, trains in facts.trainable.items() if trains}
+        late, lent = self.late, False
         if late is not None and _some_are_not_zero(there):
             # In time. Where the optimizer has stepped, its gradients are those that are there.
-            late.kept, late.copies = {}, late.copies and not late.step_seen
+            late.without_step = 0
+            late.copies = late.copies and not late.step_seen
             self.late = None if late.suspicion and late.step_seen else late
         elif late is not None:
+            lent = bool(late.kept)
             there = _there(facts, {**facts.gradients, **late.kept})
             late.suspicion &= not _some_are_not_zero(there)
         zeroed = bool(there) and not _some_are_not_zero(there)
         usable = {k: g for k, g in there.items() if g.isfinite().all()}
         if not any(gradient.any() for gradient in usable.values()):
             usable = {}
-        if not any(facts.trainable.values()):
+        if not trainable:
             if not self.ipt:
                 raise BrokenLoopError
         elif zeroed or not there:
-            self._call_is_late(zeroed, {key for key, trainable in facts.trainable.items() if trainable})
+            self._call_is_late(zeroed, lent, trainable)
+        elif late is not None and late.step_seen:
+            late.without_step = 0
         beta1, beta2 = self.schedule.beta1, self.schedule.beta2
         for key, gradient in usable.items():
             zeros = torch.zeros_like(gradient)
@@ -144,16 +175,23 @@ class Oracle:
             sensitivity = beta1 * self.sensitivity.get(key, zeros) + (1 - beta1) * ipt
             uncertainty = beta2 * self.uncertainty.get(key, zeros) + (1 - beta2) * (ipt - sensitivity).abs()
             self.ipt[key], self.sensitivity[key], self.uncertainty[key] = ipt, sensitivity, uncertainty
+            self.scored_at.setdefault(key, set()).add(step)
         if self.late is not None:
-            self.late.kept = {}
+            self.late.watched |= trainable
+            self.late.scored = set() if lent else {k for k, g in facts.gradients.items() if g is not None}
 
-    def _call_is_late(self, zeroed: bool, trainable: set[Key]) -> None:
+    def _call_is_late(self, zeroed: bool, lent: bool, trainable: set[Key]) -> None:
         if self.late is None:
             self.late = Late(trainable, suspicion=zeroed)
         else:
-            left_out = self.late.backward_seen and not self.late.step_seen
-            used_zeros = bool(self.late.kept) and self.late.copies
-            if not (self.ipt or left_out or (zeroed and (used_zeros or not self.late.copies))):
+            late = self.late
+            left_out = late.backward_seen and not late.step_seen
+            if left_out and not lent:
+                late.without_step += 1
+            elif late.step_seen:
+                late.without_step = 0
+            forgiven = bool(self.ipt) or left_out or (zeroed and (lent or not late.copies))
+            if not forgiven or late.without_step >= PATIENCE:
                 raise BrokenLoopError
         self.late.suspicion &= zeroed
         self.late.copies |= zeroed
@@ -165,8 +203,14 @@ class Oracle:
         return [
             module
             for module in self.modules
-            if module not in self.saved and counts(module, "E") and (counts(module, "A") or counts(module, "B"))
+            if module not in self.saved
+            and counts(module, "E")
+            and (counts(module, "A") or counts(module, "B"))
+            and self._steps_scored(module) >= min(self.schedule.tinit, max(map(self._steps_scored, self.modules)))
         ]
+
+    def _steps_scored(self, module: str) -> int:
+        return len(self.scored_at.get(Key(module, "E"), ()))
 
     def _masking_is_due(self, step: int) -> bool:
         schedule = self.schedule

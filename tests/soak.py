@@ -77,8 +77,8 @@ class Lines(logging.Handler):
         self.names = self.others = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        if hasattr(record, "parameter"):
-            self.names += 1
+        if hasattr(record, "parameters"):
+            self.names += len(record.parameters)
         else:
             self.others += 1
 

@@ -403,8 +403,9 @@ def steps_changed(name: str) -> list[State]:
 def test_peft_that_scores_otherwise_is_left_to_it(
     name: str, plain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from peft_gradguard import guard
     from peft_gradguard.hooks import GuardWrapper, is_enabled
+
+    from peft_gradguard import guard
 
     changed = other_arithmetic(*CHANGED[name])
     wrapper = GuardWrapper(changed, guard.update_ipt, enabled=is_enabled)
@@ -439,8 +440,9 @@ def wrapped_above(monkeypatch: pytest.MonkeyPatch, allocator: RankAllocator) -> 
 
 
 def wrapped_beneath(monkeypatch: pytest.MonkeyPatch, allocator: RankAllocator) -> None:
-    from peft_gradguard import guard
     from peft_gradguard.hooks import GuardWrapper, is_enabled
+
+    from peft_gradguard import guard
 
     inner = pefts_update_ipt()
     theirs = wraps(inner)(lambda self, model: inner(self, model))
@@ -504,8 +506,9 @@ def test_subclass_that_overrides_nothing_of_it_is_fine() -> None:
 
 
 def test_runs_of_parameters_stay_below_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_gradguard import together
     from peft_gradguard.parameters import AdaLoraParameter
+
+    from peft_gradguard import together
 
     monkeypatch.setattr(together, "CHUNK", 6)
     sizes = (3, 3, 1, 7, 1, 4, 5, 12, 1)

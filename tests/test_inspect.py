@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import safetensors.torch
 import torch
+from peft_gradguard.saved import SavedAdapterError, read
 from scenarios import INIT_R, LINEARS, PEFT_VERSION, TARGET_R, adalora_config, branches, build, two_branches
 from scenarios import train as train_scenario
 
 from peft_gradguard import cli
-from peft_gradguard.saved import SavedAdapterError, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable

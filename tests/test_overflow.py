@@ -81,7 +81,7 @@ def test_overflow_of_everything_is_no_late_call(caplog: pytest.LogCaptureFixture
     assert {(record.reason, record.step, record.levelno) for record in said} == {
         ("non-finite gradient", 1, logging.WARNING)
     }
-    assert len(said) == 12
+    assert [len(record.parameters) for record in said] == [12]
 
 
 @pytest.mark.parametrize("factor", ["A", "B", "E"])

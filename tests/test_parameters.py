@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from peft_gradguard.gradients import skip_reason, step_gradients
 from peft_gradguard.overlap import cannot_reload_overlap
 from peft_gradguard.parameters import adalora_parameters, modules_inside_modules_to_save

@@ -16,12 +16,12 @@ import matplotlib.style
 import pytest
 from matplotlib import ft2font
 from matplotlib.testing.compare import compare_images
+from peft_gradguard.plots import grid_of, plot_history, plot_ranks, row_labels
+from peft_gradguard.reports import HistoryPoint
 from PIL import Image
 from test_plots import BERT, HEAD, HISTORY, LLAMA, LONG, PICTURES, adapter, labels, module, stack
 
 from peft_gradguard import plots
-from peft_gradguard.plots import grid_of, plot_history, plot_ranks, row_labels
-from peft_gradguard.reports import HistoryPoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,10 +10,10 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-
-from peft_gradguard import plots
 from peft_gradguard.plots import grid_of, plot_history, plot_ranks, row_labels
 from peft_gradguard.reports import AdapterReport, HistoryPoint, ModuleReport, Report
+
+from peft_gradguard import plots
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
+from peft_gradguard.advice import _overlap
+from peft_gradguard.skips import known_memory
 from scenarios import (
     DELTA,
     FINALISING,
@@ -43,8 +45,6 @@ from torch import nn
 import peft_gradguard
 from peft_gradguard import counts as guard_counts
 from peft_gradguard import tables
-from peft_gradguard.advice import _overlap
-from peft_gradguard.skips import known_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -349,9 +349,11 @@ def test_history_follows_budget_and_ranks(model: peft.PeftModel, history: None) 
     points = only(model).history
     assert [point.step for point in points] == list(range(1, FINALISING + 1))
     assert points[0] == (1, 2 * INIT_R, 4 * INIT_R, 6)
-    # At the first masking step the branch takes part for the first time.
+    # From the first masking step on the branch is scored, but keeps all its ranks until it has had its warm-up.
+    warm = points[FIRST_MASKING + TINIT - 2]
     assert points[FIRST_MASKING - 1].skipped == 0
-    assert points[FIRST_MASKING - 1].total_rank == points[FIRST_MASKING - 1].budget < 4 * INIT_R
+    assert points[FIRST_MASKING - 1].total_rank == points[FIRST_MASKING - 1].budget + 2 * INIT_R
+    assert warm.total_rank == warm.budget < 4 * INIT_R
     assert points[-1] == (FINALISING, 4 * TARGET_R, 4 * TARGET_R, 0)
 
 

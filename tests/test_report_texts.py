@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-from peft_gradguard import tables
 from peft_gradguard.layers import Place, places, short_labels
 from peft_gradguard.reports import AdapterReport, HistoryPoint, ModuleReport, ParameterReport, Report, trained
 from peft_gradguard.sections import Section, has_begun, ranges, sections, summary
+
+from peft_gradguard import tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft_gradguard.walk import named_parameters
 from scenarios import SCENARIOS, build
 from torch import nn
-
-from peft_gradguard.walk import named_parameters
 
 
 def assert_walks_alike(model: nn.Module) -> None:

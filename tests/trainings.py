@@ -45,6 +45,12 @@ class Step:
     and zeroes them before), ``late`` (after ``zero_grad``), ``late, zeros`` (after it wrote zeros)."""
     optimizer_steps: bool = True
     """False as where a ``GradScaler`` leaves the step out."""
+    overflow: bool = False
+    """Whether the optimizers are told of an overflow, as a ``GradScaler`` tells fused ones, and do nothing in `step`."""
+    clears: bool = True
+    """False where the gradients of the next step are added to those of this one."""
+    other_optimizer_steps: bool = False
+    """Whether an optimizer that holds other parameters steps before the call."""
     calls: int = 1
 
 
@@ -58,6 +64,10 @@ class Training:
     seed: int = 0
     ties: bool = False
     """Whether values are few, so that many scores are equal."""
+    optimizers: str = "one"
+    """``one``, ``two`` (one of them for E), ``each`` (one for each parameter), or ``half`` (nobody steps E)."""
+    kind: str = "plain"
+    """What ``step`` makes of gradients: ``plain``, ``scales`` (in place), ``replaces``, ``clears`` (after it)."""
     start: int = 1
     zeros_at_start: bool = False
     """Whether E is zero, as PEFT starts it."""
@@ -109,6 +119,9 @@ def steps(draw: st.DrawFn, count: int, orders: list[str], others: list[str]) -> 
         active=draw(rarely(st.sampled_from(["trained", "other"]), None, times=3)),
         order=draw(st.sampled_from(orders)),
         optimizer_steps=draw(rarely(st.just(False), True, times=8)),
+        overflow=draw(rarely(st.just(True), False, times=8)),
+        clears=draw(rarely(st.just(False), True, times=8)),
+        other_optimizer_steps=draw(rarely(st.just(True), False, times=4)),
         calls=draw(st.sampled_from([1, 1, 1, 1, 1, 2, 0])),
     )
 
@@ -132,6 +145,8 @@ def trainings(draw: st.DrawFn) -> Training:
         steps=tuple(draw(one) for _ in range(schedule.total)),
         seed=draw(st.integers(0, 1000)),
         ties=draw(st.booleans()),
+        optimizers=draw(rarely(st.sampled_from(["two", "each", "half"]), "one", times=1)),
+        kind=draw(rarely(st.sampled_from(["scales", "replaces", "clears"]), "plain", times=1)),
         start=draw(st.sampled_from([1, 1, 1, 0])),
         zeros_at_start=draw(st.booleans()),
     )
@@ -140,16 +155,30 @@ def trainings(draw: st.DrawFn) -> Training:
 class Descent(torch.optim.Optimizer):
     """Gradient descent that leaves out what is not finite, so that only gradients are ever spoilt."""
 
-    def __init__(self, parameters: Any) -> None:
+    def __init__(self, parameters: Any, kind: str = "plain") -> None:
         super().__init__(parameters, {})
+        self.kind = kind
+        self.found_inf: torch.Tensor | None = None
 
     def step(self, closure: Callable[[], None] | None = None) -> None:  # type: ignore[override]
         if closure is not None:
             closure()
+        if self.found_inf is not None:
+            return
         with torch.no_grad():
             for parameter in self.param_groups[0]["params"]:
                 if parameter.grad is not None and parameter.requires_grad and parameter.grad.isfinite().all():
-                    parameter.sub_(parameter.grad, alpha=0.125)
+                    self.one_step(parameter)
+
+    def one_step(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        if self.kind == "scales":
+            parameter.grad.mul_(0.5)
+        elif self.kind == "replaces":
+            parameter.grad = parameter.grad.sign()
+        parameter.sub_(parameter.grad, alpha=0.125)
+        if self.kind == "clears":
+            parameter.grad = None
 
 
 def base_model(training: Training) -> nn.Module:
@@ -212,8 +241,23 @@ class Run:
                 if not (training.zeros_at_start and key.factor == "E"):
                     parameter.copy_(self.values(parameter))
         modules = list(dict.fromkeys(key.module for key in self.parameters))
-        self.optimizer = Descent(self.parameters.values())
+        self.optimizers = [
+            (Descent([self.parameters[key] for key in held], training.kind), held) for held in self.held()
+        ]
+        self.other = torch.nn.Parameter(torch.ones(2))
+        self.other_optimizer = Descent([self.other])
         self.oracle = Oracle(training.schedule, modules, inside_saved_copies(modules))
+
+    def held(self) -> list[set[Key]]:
+        """What each optimizer holds."""
+        keys = list(self.parameters)
+        energies = {key for key in keys if key.factor == "E"}
+        return {
+            "one": [set(keys)],
+            "two": [energies, {*keys} - energies],
+            "each": [{key} for key in keys],
+            "half": [{*keys} - energies],
+        }[self.training.optimizers]
 
     def values(self, like: torch.Tensor) -> torch.Tensor:
         if self.training.ties:
@@ -234,21 +278,43 @@ class Run:
             for key in self.keys(wanted):
                 self.parameters[key].requires_grad = trainable
         if step.order == "closure" and step.optimizer_steps:
-            self.optimizer.step(lambda: self.backward(step))
-            self.oracle.optimizer_step(self.gradients())
+            self.step_optimizers(step)
         else:
             self.backward(step)
+        if step.other_optimizer_steps:
+            self.other.grad = torch.ones_like(self.other)
+            self.other_optimizer.step()
+            self.oracle.optimizer_step(set(), {})
         if step.order == "before":
             self.call(number, step.calls)
         if step.order != "closure" and step.optimizer_steps:
-            self.oracle.optimizer_step(self.gradients())
-            self.optimizer.step()
+            self.step_optimizers(step)
         if step.order in ("in time", "closure"):
             self.call(number, step.calls)
-        if step.order != "closure":
-            self.optimizer.zero_grad(set_to_none=step.order != "late, zeros")
+        if step.order != "closure" and step.clears:
+            self.zero_grad(set_to_none=step.order != "late, zeros")
         if step.order.startswith("late"):
             self.call(number, step.calls)
+
+    def step_optimizers(self, step: Step) -> None:
+        closure = (lambda: self.backward(step)) if step.order == "closure" else None
+        for optimizer, held in self.optimizers:
+            before = {} if closure else self.gradients()
+            optimizer.found_inf = torch.ones(1) if step.overflow else None
+            optimizer.step(closure)
+            if step.overflow:
+                self.oracle.optimizer_left_out(held)
+                continue
+            after = self.gradients()
+            used = {key: before.get(key) if after[key] is None else after[key] for key in held}
+            self.oracle.optimizer_step(held, used)
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        for parameter in self.parameters.values():
+            if parameter.grad is not None and set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
 
     def switch_adapters(self, step: Step) -> None:
         if step.add and step.add not in self.model.peft_config:
@@ -262,7 +328,7 @@ class Run:
     def backward(self, step: Step) -> None:
         """Give each parameter in use a gradient by a real backward, as a tensor's hooks want to see one."""
         if step.order == "closure":
-            self.optimizer.zero_grad()
+            self.zero_grad(set_to_none=True)
         unused, zero = set(self.keys(step.unused)), set(self.keys(step.zero))
         gradients = {key: self.values(parameter) for key, parameter in self.parameters.items()}
         for key in zero:

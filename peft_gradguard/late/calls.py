@@ -71,7 +71,10 @@ class LateCalls:
             self._without_step = 0
         hopeless = (never_scored and not left_out) or self.no_optimizer_steps
         turned = verdict(self.order, found, stepped=kept.stepped, hopeless=hopeless)
-        if not turned.gives_up:
+        if turned.gives_up:
+            # A loop may swallow the error and go on: what has happened before this call is no matter of the next.
+            kept.start_anew()
+        else:
             self.order = turned.order
             kept.copies = turned.order.copies
             if turned.order is Order.IN_TIME:

@@ -38,6 +38,8 @@ class Look(NamedTuple):
     pattern: dict[str, list[bool]]
     inside: set[str]
     """Modules inside ``modules_to_save``."""
+    warming_up: set[str]
+    """The E that were scored too seldom until now (``Counts.warming_up``)."""
 
 
 def advice(look: Look, modules: tuple[ModuleReport, ...]) -> tuple[str, ...]:

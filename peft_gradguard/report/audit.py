@@ -15,6 +15,7 @@ from ..model.parameters import (
     FROZEN,
     INSIDE_MODULES_TO_SAVE,
     NO_GRADIENT,
+    WARMING_UP,
     modules_inside_modules_to_save,
     ranked_triplets,
 )
@@ -79,12 +80,13 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
     parameters = adalora_parameters(tuner.model, adapter)
     if allocator is not None:
         parameters = mark_excluded(parameters)
+    counts = memory.counts if memory else Counts()
     return Look(
         adapter,
         tuple(tuner.peft_config),
         config,
         allocator,
-        memory.counts if memory else Counts(),
+        counts,
         bool(memory and memory.called),
         parameters,
         {
@@ -94,6 +96,7 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
         },
         dict(pattern_by_full_name(parameters, config.rank_pattern or {}, adapter)),
         modules_inside_modules_to_save({parameter.module for parameter in parameters}),
+        counts.warming_up((p.name for p in parameters if p.factor == "E"), config.tinit or 0),
     )
 
 
@@ -127,7 +130,7 @@ def _ranked(look: Look) -> set[str]:
     """Return the modules in the budget; before training, those that will be if all that trains gets gradients."""
     scored: Any = look.allocator.exp_avg_ipt if look.allocator is not None else {}
     if scored:
-        return {triplet.E.module for triplet in ranked_triplets(look.parameters, scored)}
+        return {triplet.E.module for triplet in ranked_triplets(look.parameters, scored, look.warming_up)}
     if look.called or look.pattern or look.allocator is None:
         # PEFT has forgotten the scores at its finalising step, or the adapter was loaded.
         return {parameter.module for parameter in look.parameters if parameter.name in look.pattern}
@@ -203,6 +206,8 @@ def _reason(
         ):
             if "E" in holds or {"A", "B"} <= set(holds):
                 return reason
+        if any(part.name in look.warming_up for part in parts):
+            return WARMING_UP
     often: dict[SkipReason, int] = {}
     for part in parts:
         for reason, steps in counts.get(part.name, Count()).skipped.items():

@@ -82,6 +82,7 @@ def sections(adapter: AdapterReport) -> list[Section]:
     kinds = _Kinds(adapter.modules)
     found = [] if adapter.init_budget is None else _left_out(adapter, kinds)
     found.append(_by_kind(adapter, kinds))
+    found.append(_no_rank_left(adapter, kinds))
     if any(module.rank_kept != module.rank_started for module in adapter.modules):
         found += _by_layer(adapter, kinds)
     return [section for section in found if section.rows]
@@ -209,7 +210,7 @@ def _left_section(
 
 def _reasons(module: ModuleReport, begun: bool) -> dict[SkipReason, list[ParameterReport]]:
     """Return why parts of the module are or were left out."""
-    if not module.ranked and module.reason == "inside modules_to_save":
+    if not module.ranked and module.reason in ("inside modules_to_save", "warming up"):
         return {module.reason: list(module.parameters)}
     found: dict[SkipReason, list[ParameterReport]] = {}
     for parameter in module.parameters:
@@ -228,7 +229,7 @@ def _times(reason: SkipReason, parameters: Sequence[ParameterReport]) -> tuple[s
     """Return ``3 to 5 of 20``, and the largest share."""
     skipped = [parameter.steps_skipped.get(reason, 0) for parameter in parameters]
     steps = [parameter.steps_scored + sum(parameter.steps_skipped.values()) for parameter in parameters]
-    if not any(steps):
+    if not any(steps) or reason == "warming up":
         return "", 0.0
     share = max(some / max(every, 1) for some, every in zip(skipped, steps, strict=True))
     return f"{_span(min(skipped), max(skipped), ' to ')} of {max(steps)}", share
@@ -272,6 +273,20 @@ def _trainable(modules: Sequence[ModuleReport]) -> str:
     parameters = [parameter for module in modules for parameter in module.parameters]
     count = sum(parameter.trainable for parameter in parameters)
     return "none" if not count else "all" if count == len(parameters) else f"{count} of {len(parameters)}"
+
+
+def _no_rank_left(adapter: AdapterReport, kinds: _Kinds) -> Section:
+    """Return the modules that are as they were before training: all their ranks are pruned."""
+    empty: dict[str, list[ModuleReport]] = {}
+    for module in adapter.modules:
+        if not module.rank_kept:
+            empty.setdefault(kinds.of[module.name], []).append(module)
+    rows = [
+        (kinds.label(kind, modules), ranges(kinds.layer[module.name] for module in modules), str(len(modules)))
+        for kind, modules in empty.items()
+    ]
+    title = "No rank left: these are not adapted any more"
+    return Section(title, ("module", "layers", "count"), tuple(rows[:MANY_ROWS]), _more(len(rows) - MANY_ROWS, "kind"))
 
 
 def _by_layer(adapter: AdapterReport, kinds: _Kinds) -> list[Section]:

@@ -35,11 +35,13 @@ def scoring(call: AllocatorCall) -> Iterator[bool]:
             nothing_to_score(call, gradients)
         call.view.show(usable)
         call.any_usable = bool(usable)
+        memory.counts.begin(gradients.reasons, call.allocator.exp_avg_ipt)
         try:
             yield call.any_usable
         finally:
             call.any_usable = None
-        memory.counts.add(call.step, gradients.reasons)
+            memory.counts.look(call.allocator.exp_avg_ipt)
+        memory.counts.add(call.step)
         memory.scorings += bool(usable)
     memory.late.scored(call.parameters, lent=gradients.lent)
 
