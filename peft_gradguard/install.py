@@ -16,7 +16,7 @@ import wrapt
 
 from .log import say
 from .switch import is_enabled, switch_on
-from .wrapper import METHODS, TARGET, GuardWrapper, is_guarded, mismatch
+from .wrapper import LOADING, METHODS, TARGET, GuardWrapper, is_guarded, mismatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,21 +74,37 @@ def _apply(module: ModuleType) -> None:
             return
         # Not at the top, as torch must not be loaded yet: with PEFT it is.
         from . import guard
+        from .checkpoints import load
         from .late.optimizers import register
 
         with _lock:
             register()
             for name in METHODS:
                 _wrap(module.RankAllocator, name, getattr(guard, name))
+            problem = mismatch(module, "AdaLoraModel", LOADING)
+            for name in () if problem else LOADING:
+                _wrap(module.AdaLoraModel, name, getattr(load, name))
+        if problem:
+            say(logging.DEBUG, "peft_gradguard leaves the loading of AdaLoRA adapters to PEFT: %s.", problem)
     except Exception:
         say(logging.WARNING, "peft_gradguard could not be applied: AdaLoRA runs unguarded.", exc_info=True)
 
 
-def _wrap(allocator_class: type, name: str, guarded: Callable[..., Any]) -> None:
-    """Wrap one method by ``guarded(peft, allocator, /, ...)``: Python binds the call's arguments to its parameters."""
+def _wrap(kind: type, name: str, guarded: Callable[..., Any]) -> None:
+    """Wrap one method by ``guarded(peft, self, /, ...)``: Python binds the call's arguments to its parameters."""
 
-    def wrapper(peft: Callable[..., Any], allocator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return guarded(peft, allocator, *args, **kwargs)
+    def wrapper(peft: Callable[..., Any], self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return guarded(peft, self, *args, **kwargs)
 
-    if not is_guarded(vars(allocator_class).get(name)):
-        wrapt.wrap_object(allocator_class, name, GuardWrapper, (wrapper,), {"enabled": is_enabled})
+    if name not in vars(kind):
+        # What is inherited stays so, whoever may patch it later.
+        setattr(kind, name, _inherited(kind, name))
+    if not is_guarded(vars(kind).get(name)):
+        wrapt.wrap_object(kind, name, GuardWrapper, (wrapper,), {"enabled": is_enabled})
+
+
+def _inherited(kind: type, name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(kind, self), name)(*args, **kwargs)
+
+    return method

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Factor = Literal["A", "B", "E"]
-SkipReason = Literal[
-    "frozen", "no gradient", "non-finite gradient", "inside modules_to_save", "excluded", "warming up"
-]
+SkipReason = Literal["frozen", "no gradient", "non-finite gradient", "inside modules_to_save", "excluded", "warming up"]
 
 FROZEN: SkipReason = "frozen"
 NO_GRADIENT: SkipReason = "no gradient"

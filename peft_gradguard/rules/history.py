@@ -17,6 +17,8 @@ def note_step(call: AllocatorCall, finalising: bool, budget: int, pattern: RankP
     """Remember what an ``update_and_allocate`` has left."""
     counts, allocator = call.memory.counts, call.allocator
     counts.step = call.step
+    if pattern:
+        call.memory.loaded = False
     if finalising and allocator.exp_avg_ipt:
         counts.importance = importance(allocator, call.parameters)
     if history_is_kept():
