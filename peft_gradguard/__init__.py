@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+from .checkpoints.state import AllocatorState
 from .errors import NoGradientError, TrainingStackError
 from .memory.counts import keep_history
 from .model.exclusions import exclude
@@ -18,6 +19,7 @@ from .settings import read_switch
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllocatorState",
     "NoGradientError",
     "Report",
     "TrainingStackError",

@@ -13,8 +13,11 @@ from transformers.trainer_callback import CallbackHandler
 from ..log import said_level, say
 from ..memory.memory import known_memory
 from ..model.gradients import skip_reason
+from ..model.tuners import tuners_that_train
 from ..model.walk import adalora_parameters
-from ..report.audit import build, tuners_in
+from ..report.audit import build
+from ..switch import is_enabled
+from .resume import read, resumed_from, write, write_with
 
 if TYPE_CHECKING:
     from peft import AdaLoraConfig
@@ -39,8 +42,9 @@ class AdaLoraCallback(TrainerCallback):
       step and before ``zero_grad``. Where somebody else calls it too, this is left to them, with one WARNING.
     - ``adalora/budget``, ``adalora/total_rank`` and ``adalora/skipped`` (parameters left out of the last scoring), in
       whatever the Trainer logs to, each time it logs a loss.
+    - ``adalora_state.safetensors`` in each checkpoint, so that a training that is resumed ends as if it had never been
+      stopped (``peft_gradguard.AllocatorState``); not with ``save_only_model``.
 
-    WARNING at the start of a training with ``load_best_model_at_end``, which fails where the best one has other ranks.
     ``ValueError`` at the start of a training without a trainable AdaLoRA adapter, or too short for its ``tinit`` and
     ``tfinal``.
     """
@@ -60,7 +64,7 @@ class AdaLoraCallback(TrainerCallback):
         if before is not None and before.step is None:
             # The Trainer was given this callback twice.
             return
-        tuners = _tuners_that_train(model)
+        tuners = tuners_that_train(model)
         if not tuners:
             raise ValueError(
                 f"AdaLoraCallback found no trainable AdaLoRA adapter in the Trainer's model, a {type(model).__name__}. "
@@ -68,11 +72,17 @@ class AdaLoraCallback(TrainerCallback):
             )
         for tuner in tuners:
             _settle_total_step(tuner.rankallocator, state.max_steps)
-        if args.load_best_model_at_end:
+        if args.load_best_model_at_end and not is_enabled():
             _warn_of_other_ranks(tuners[0].rankallocator)
+        checkpoint = resumed_from() if state.global_step else None
+        if checkpoint is not None:
+            read(checkpoint, tuners, state.global_step)
         if before is not None:
             self._forget(before)
-        self._runs.append(_Run(state, tuners))
+        run = _Run(state, tuners)
+        self._runs.append(run)
+        if not args.save_only_model:
+            write_with(state, run.write)
         _come_first(self)
 
     def on_optimizer_step(
@@ -135,6 +145,10 @@ class _Run:
         """Return the AdaLoRA models that are trained."""
         return [tuner for share in self._shares if (tuner := share.tuner()) is not None]
 
+    def write(self, folder: str) -> None:
+        """Write the allocators' state into a checkpoint."""
+        write(folder, self.tuners())
+
     def allocate(self, step: int) -> None:
         """Call ``update_and_allocate`` where nobody else does."""
         # A copy without gradients beside the adapter that trains (a teacher, an average) was never meant to be called.
@@ -195,19 +209,6 @@ def _calls_and_scorings(allocator: RankAllocator) -> tuple[int, int]:
     return (memory.calls, memory.scorings) if memory else (0, 0)
 
 
-def _tuners_that_train(model: object) -> list[AdaLoraModel]:
-    """Return the AdaLoRA models in this one whose allocator's adapter has anything to train."""
-    # Not hasattr: an AdaLoraModel hands what it has not got on to the model inside, which may be another one.
-    found = [tuner for tuner in dict.fromkeys(tuners_in(model)) if "rankallocator" in vars(tuner)]
-    return [tuner for tuner in found if _trains(tuner)]
-
-
-def _trains(tuner: AdaLoraModel) -> bool:
-    parameters = adalora_parameters(tuner.model, tuner.rankallocator.adapter_name)
-    # Where FSDP has put flat parameters in the place of all, the first call tells what to do.
-    return not parameters or any(parameter.parameter.requires_grad for parameter in parameters)
-
-
 class _SetByCallback(int):
     """A ``total_step`` that this callback has set. The user's own is a plain int, be it the same number."""
 
@@ -253,14 +254,13 @@ def _require_room(config: AdaLoraConfig, steps: int) -> None:
 
 
 def _warn_of_other_ranks(allocator: RankAllocator) -> None:
-    """Say that Trainer loads the best checkpoint into a model that PEFT has cut to the ranks of the end."""
+    """Say that plain PEFT, without the guard, cannot load a checkpoint into an adapter that has other ranks by then."""
     config: Any = allocator.peft_config
     say(
         said_level(),
-        "load_best_model_at_end is set: this run will fail at its end (size mismatch) if the best checkpoint has other "
-        "ranks than the model has then. Only those from step %d on (total_step - tfinal) are sure to have the same. "
-        "Leave it out, give metric_for_best_model, and load the best one into a fresh model: "
-        "PeftModel.from_pretrained(base_model, trainer.state.best_model_checkpoint).",
+        "peft_gradguard is off, and load_best_model_at_end is set: this run fails at its end (size mismatch) if the "
+        "best checkpoint has other ranks than the model has then. Only those from step %d on (total_step - tfinal) are "
+        "sure to have the same. Switch the guard on (peft_gradguard.enable()), or leave the setting out.",
         config.total_step - config.tfinal,
     )
 
