@@ -10,16 +10,15 @@ import importlib
 import logging
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import wrapt
 
 from .log import say
 from .switch import is_enabled, switch_on
-from .wrapper import LOADING, METHODS, TARGET, GuardWrapper, is_guarded, mismatch
+from .wrapper import LOADING, METHODS, TARGET, mismatch, wrap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import ModuleType
 
 _lock = threading.RLock()
@@ -79,32 +78,12 @@ def _apply(module: ModuleType) -> None:
 
         with _lock:
             register()
-            for name in METHODS:
-                _wrap(module.RankAllocator, name, getattr(guard, name))
+            for name, arguments in METHODS.items():
+                wrap(module.RankAllocator, name, getattr(guard, name), arguments)
             problem = mismatch(module, "AdaLoraModel", LOADING)
-            for name in () if problem else LOADING:
-                _wrap(module.AdaLoraModel, name, getattr(load, name))
+            for name, arguments in () if problem else LOADING.items():
+                wrap(module.AdaLoraModel, name, getattr(load, name), arguments)
         if problem:
             say(logging.DEBUG, "peft_gradguard leaves the loading of AdaLoRA adapters to PEFT: %s.", problem)
     except Exception:
         say(logging.WARNING, "peft_gradguard could not be applied: AdaLoRA runs unguarded.", exc_info=True)
-
-
-def _wrap(kind: type, name: str, guarded: Callable[..., Any]) -> None:
-    """Wrap one method by ``guarded(peft, self, /, ...)``: Python binds the call's arguments to its parameters."""
-
-    def wrapper(peft: Callable[..., Any], self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return guarded(peft, self, *args, **kwargs)
-
-    if name not in vars(kind):
-        # What is inherited stays so, whoever may patch it later.
-        setattr(kind, name, _inherited(kind, name))
-    if not is_guarded(vars(kind).get(name)):
-        wrapt.wrap_object(kind, name, GuardWrapper, (wrapper,), {"enabled": is_enabled})
-
-
-def _inherited(kind: type, name: str) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(super(kind, self), name)(*args, **kwargs)
-
-    return method

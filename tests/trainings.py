@@ -46,7 +46,7 @@ class Step:
     optimizer_steps: bool = True
     """False as where a ``GradScaler`` leaves the step out."""
     overflow: bool = False
-    """Whether the optimizers are told of an overflow, as a ``GradScaler`` tells fused ones, and do nothing in `step`."""
+    """Whether the optimizers are told of an overflow and leave the step out, as a ``GradScaler`` has fused ones do."""
     clears: bool = True
     """False where the gradients of the next step are added to those of this one."""
     other_optimizer_steps: bool = False

@@ -46,16 +46,16 @@ def resize_modules_by_rank_pattern(
     asked = _frame_of("set_peft_model_state_dict", "model", tuner)
     # A user's own call wants it cut. And tensors of other sizes, if they are to be ignored, are taken away before ours.
     if allocator is None or asked is None or asked.get("ignore_mismatched_sizes"):
-        peft(rank_pattern, adapter_name)
+        peft()
         return
     energies = [p for p in adalora_parameters(tuner.model, adapter_name) if p.factor == "E"]
     named = dict(pattern_by_full_name(energies, rank_pattern, adapter_name))
     if any(len(named[p.name]) != len(p.parameter) for p in energies if p.name in named):
-        peft(rank_pattern, adapter_name)
+        peft()
 
 
 def _load_from_state_dict(
-    peft: Callable[..., None], tuner: AdaLoraModel, /, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
+    peft: Callable[..., None], tuner: AdaLoraModel, /, state_dict: dict[str, Any], prefix: str, *_: Any, **__: Any
 ) -> None:
     """Put cut tensors back into their rows, in torch's own copy of the state, before torch hands it to the layers."""
     allocator = vars(tuner).get("rankallocator")
@@ -68,7 +68,7 @@ def _load_from_state_dict(
                 "peft_gradguard could not put the ranks of a pruned AdaLoRA adapter back into their rows.",
                 exc_info=True,
             )
-    peft(state_dict, prefix, *rest, **more)
+    peft()
 
 
 def resize_state_dict_by_rank_pattern(
@@ -89,7 +89,7 @@ def resize_state_dict_by_rank_pattern(
         config: Any = tuner.peft_config[adapter_name]
         config.rank_pattern = None
         return state_dict
-    state_dict = peft(rank_pattern, state_dict, adapter_name)
+    state_dict = peft()
     if memory is not None and rank_pattern not in memory.cut:
         memory.cut.append(rank_pattern)
         del memory.cut[:-REMEMBERED]
@@ -120,6 +120,8 @@ def _put_back(tuner: AdaLoraModel, allocator: RankAllocator, state: dict[str, An
         tensors = expanded(saved, keeps, untouched=not memory.called)
         state.update({prefix + name: tensor for name, tensor in tensors.items()})
         config.rank_pattern = pattern
+        # It is no other training's.
+        memory.seen.came_with = None
     # Put into an adapter with a pattern, tensors that are whole may be of a time before it.
     if not whole or (config.rank_pattern and _frame_of("set_peft_model_state_dict", "model", tuner)):
         memory.loaded = True

@@ -142,6 +142,7 @@ class _Allocator:
         memory = known_memory(allocator) or call_for(allocator, self.tuner.model).memory
         memory.called = memory.called or step != NOWHERE
         memory.loaded = False
+        memory.seen.came_with = None
         memory.counts.step = None if step == NOWHERE else step
         memory.counts.skipped = skipped
         memory.counts.importance = {

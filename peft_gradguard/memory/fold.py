@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import TYPE_CHECKING
 
@@ -56,7 +55,8 @@ def _braced(alternatives: Alternatives) -> str:
 
 def _shared_front(alternatives: Alternatives) -> str:
     """Return what all begin with: whole words (up to a ``_``), or all that stands before a number."""
-    shared = os.path.commonprefix(alternatives)
+    first, last = min(alternatives), max(alternatives)
+    shared = first[: next((i for i, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), len(first))]
     stem = re.sub(r"[0-9]+$", "", shared)
     if all(NUMBER.fullmatch(text[len(stem) :]) for text in alternatives):
         return stem

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..late.calls import LateCalls
 from .counts import Counts
 from .said import Said
+from .seen import Seen
 from .trust import Trust
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Memory:
         self.said = Said(adapter)
         self.counts = Counts()
         self.late = LateCalls()
+        self.seen = Seen()
         self.trust = Trust()
         self.called = False
         """Whether the allocator was ever called."""
@@ -37,6 +39,10 @@ class Memory:
         """The last patterns that saved tensors were cut by."""
         self.watched = False
         """Whether it will be seen, at the allocator's end, if it was called."""
+        self.counted: list[str] | None = None
+        """The triplets for which the budget of a subclass that counts in its own way was last counted anew."""
+        self.fills_scores: bool | None = None
+        """Whether the last scoring has filled PEFT's scores: a subclass may keep others. None where not known."""
 
 
 _memories: dict[int, Memory] = {}

@@ -13,16 +13,15 @@ if TYPE_CHECKING:
     from .call import AllocatorCall
 
 
-def note_step(call: AllocatorCall, finalising: bool, budget: int, pattern: RankPattern | None) -> None:
+def note_step(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> None:
     """Remember what an ``update_and_allocate`` has left."""
     counts, allocator = call.memory.counts, call.allocator
     counts.step = call.step
     if pattern:
         call.memory.loaded = False
-    if finalising and allocator.exp_avg_ipt:
+    if not call.scoring_is_due and call.scored:
         counts.importance = importance(allocator, call.parameters)
-    if history_is_kept():
-        assert call.step is not None
+    if history_is_kept() and call.step is not None:
         counts.history.append(HistoryPoint(call.step, budget, _total_rank(call, pattern), counts.skipped))
 
 

@@ -53,7 +53,7 @@ def expand(tokens: list[tuple[str, bool]], inside: bool) -> tuple[list[list[str]
     return alternatives, []
 
 
-PARTS = ["q_proj", "v_proj", "lora_A", "lora_B", "lora_E", "0", "1", "2", "3", "10", "11", "007", "01", "h1", "h2", "h_3"]
+PARTS = ["q_proj", "v_proj", "lora_A", "lora_B", "lora_E", "0", "1", "2", "3", "10", "007", "01", "h1", "h2", "h_3"]
 part = st.one_of(
     st.sampled_from(PARTS),
     st.integers(0, 30).map(str),
@@ -79,7 +79,7 @@ def test_folded_names_unfold_to_exactly_the_names(given_names: list[str]) -> Non
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_bash_unfolds_them_too() -> None:
     generator = random.Random(3)
-    odd = [*PARTS, "a b", "{", "}", "a,b", "$", "$x", "~", "*", "'", '"', "`ls`", "\\", "#", "!", "ü", "é世", "x\ny", "-n"]
+    odd = [*PARTS, "a b", "a,b", "$x", "'", '"', "`ls`", "\\", "é世", "x\ny", "-n", *"{}$~*#!ü"]
     for _ in range(40):
         some = {".".join(generator.choices(odd, k=generator.randint(1, 4))) for _ in range(generator.randint(1, 60))}
         folded = fold(sorted(some))
