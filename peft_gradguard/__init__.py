@@ -4,7 +4,8 @@
 The import loads neither torch nor PEFT.
 
 Errors: ``NoGradientError``, ``TrainingStackError``. What ``report`` returns: ``Report``, with ``AdapterReport``,
-``ModuleReport``, ``ParameterReport``, ``HistoryPoint``. What ``exclude`` returns: ``Exclusion``.
+``ModuleReport``, ``ParameterReport``, ``HistoryPoint``. What ``exclude`` returns: ``Exclusion``. To stop a training and
+go on with it: ``AllocatorState``.
 
 Public is what stands here, ``peft_gradguard.integrations.transformers.AdaLoraCallback``, the command
 ``peft-gradguard`` and the folder ``autoload``. The other modules are private: they may change in any release.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 
+from .checkpoints.state import AllocatorState as AllocatorState
 from .errors import NoGradientError as NoGradientError
 from .errors import TrainingStackError as TrainingStackError
 from .memory.counts import HistoryPoint as HistoryPoint

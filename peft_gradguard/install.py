@@ -16,7 +16,7 @@ import wrapt
 
 from .log import say
 from .switch import is_enabled, switch_on
-from .wrapper import METHODS, TARGET, mismatch, wrap
+from .wrapper import LOADING, METHODS, TARGET, mismatch, wrap
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -73,6 +73,7 @@ def _apply(module: ModuleType) -> None:
             return
         # Not at the top, as torch must not be loaded yet: with PEFT it is.
         from . import guard
+        from .checkpoints import load
         from .late.optimizers import register
 
         with _lock:
@@ -83,5 +84,10 @@ def _apply(module: ModuleType) -> None:
             layer = getattr(module, "AdaLoraLayer", object)
             if hasattr(layer, "enable_adapters"):
                 wrap(layer, "enable_adapters", guard.enable_adapters, ("self", "enabled"))
+            problem = mismatch(module, "AdaLoraModel", LOADING)
+            for name, arguments in () if problem else LOADING.items():
+                wrap(module.AdaLoraModel, name, getattr(load, name), arguments)
+        if problem:
+            say(logging.DEBUG, "peft_gradguard leaves the loading of AdaLoRA adapters to PEFT: %s.", problem)
     except Exception:
         say(logging.WARNING, "peft_gradguard could not be applied: AdaLoRA runs unguarded.", exc_info=True)

@@ -28,6 +28,22 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """The wrapped methods of ``RankAllocator`` and the arguments that they have had in every release since 0.3."""
 
+LOADING: dict[str, tuple[str, ...]] = {
+    "resize_modules_by_rank_pattern": ("self", "rank_pattern", "adapter_name"),
+    "resize_state_dict_by_rank_pattern": ("self", "rank_pattern", "state_dict", "adapter_name"),
+    "_load_from_state_dict": (
+        "self",
+        "state_dict",
+        "prefix",
+        "local_metadata",
+        "strict",
+        "missing",
+        "unexpected",
+        "errors",
+    ),
+}
+"""The wrapped methods of ``AdaLoraModel``: what PEFT and torch call where an adapter is saved and loaded."""
+
 
 class GuardWrapper(wrapt.FunctionWrapper):  # type: ignore[misc, type-arg, unused-ignore]
     """The guard's own wrapper, so that it can be told from anybody else's. It binds, copies and pickles as a function.
@@ -100,19 +116,21 @@ def _inherited(owner: type, name: str) -> Callable[..., Any]:
     return method
 
 
-def mismatch(module: ModuleType) -> str | None:
+def mismatch(
+    module: ModuleType, class_name: str = "RankAllocator", methods: dict[str, tuple[str, ...]] = METHODS
+) -> str | None:
     """Return in words what about this ``peft.tuners.adalora`` does not fit the guard, or None where all does."""
-    allocator_class = getattr(module, "RankAllocator", None)
-    if not inspect.isclass(allocator_class):
-        return f"{module.__name__} has no class RankAllocator"
-    for name, expected in METHODS.items():
-        method = vars(allocator_class).get(name)
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found):
+        return f"{module.__name__} has no class {class_name}"
+    for name, expected in methods.items():
+        method = inspect.getattr_static(found, name, None)
         if not callable(method):
-            return f"RankAllocator has no method {name}"
+            return f"{class_name} has no method {name}"
         try:
             inspect.signature(method).bind(*expected)
         except TypeError:
-            return f"RankAllocator.{name}{inspect.signature(method)} does not take ({', '.join(expected)})"
+            return f"{class_name}.{name}{inspect.signature(method)} does not take ({', '.join(expected)})"
     return None
 
 

@@ -277,7 +277,7 @@ def test_another_caller_is_left_to_it(said: Callable[[], list[str]]) -> None:
         found.append(model)
     # Ours runs first in any case, so the first step is scored twice before the other one is seen.
     assert len(said()) == 1
-    assert "Something else calls update_and_allocate in this training too (step 2)" in said()[0]
+    assert "leaves update_and_allocate to something else that calls it in this training too (step 2)" in said()[0]
     for one in found:
         assert sum(map(sum, one.peft_config["default"].rank_pattern.values())) == 4 * TARGET_R
 
