@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,16 @@ def guard() -> None:
     import peft_gradguard
 
     assert peft_gradguard.is_enabled()
+
+
+@pytest.fixture(autouse=True)
+def trainings_of_other_tests() -> Iterator[None]:
+    """What is to be said of this test's trainings, once they have ended, is not said in another test."""
+    yield
+    ended = sys.modules.get("peft_gradguard.troubles.ended")
+    if ended is not None:
+        ended._endings.clear()
+        ended._ended.clear()
 
 
 @pytest.fixture
