@@ -8,7 +8,9 @@ import torch
 
 from ..memory.counts import Count, Counts
 from ..memory.memory import known_memory
+from ..memory.seen import Seen
 from ..model.exclusions import mark_excluded
+from ..model.layers import adapters_that_train
 from ..model.marks import is_dtensor, whole_shape
 from ..model.parameters import (
     EXCLUDED,
@@ -64,6 +66,8 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
     if allocator is not None:
         parameters = mark_excluded(parameters)
     counts = memory.counts if memory else Counts()
+    seen = memory.seen if memory else Seen()
+    pattern = seen.own_pattern(config.rank_pattern, adapter, parameters)
     return Look(
         adapter,
         tuple(tuner.peft_config),
@@ -77,8 +81,10 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
             for name, module in tuner.model.named_modules()
             if hasattr(module, "lora_E") and adapter in getattr(module, "r", {})
         },
-        dict(pattern_by_full_name(parameters, config.rank_pattern or {}, adapter)),
+        dict(pattern_by_full_name(parameters, pattern, adapter)),
         modules_inside_modules_to_save({parameter.module for parameter in parameters}),
+        adapters_that_train(tuner.model) if allocator is not None or not hasattr(tuner, "rankallocator") else [],
+        seen,
         counts.warming_up((p.name for p in parameters if p.factor == "E"), config.tinit or 0),
     )
 
@@ -130,8 +136,10 @@ def _final(look: Look) -> bool | None:
 def _ranked(look: Look) -> set[str]:
     """Return the modules in the budget; before training, those that will be if all that trains gets gradients."""
     scored: Any = look.allocator.exp_avg_ipt if look.allocator is not None else {}
-    if scored:
-        return {triplet.E.module for triplet in ranked_triplets(look.parameters, scored, look.warming_up)}
+    ranked = {triplet.E.module for triplet in ranked_triplets(look.parameters, scored, look.warming_up)}
+    # Without the guard a call fails at the first parameter without a gradient, and leaves scores for a few.
+    if ranked or (scored and look.called):
+        return ranked
     if look.called or look.pattern or look.allocator is None:
         # PEFT has forgotten the scores at its finalising step, or the adapter was loaded.
         return {parameter.module for parameter in look.parameters if parameter.name in look.pattern}
