@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..log import said_level, say
+from ..log import harmless, said_level, say
 from ..memory.memory import known_memory
 from ..model.parameters import triplets
 from ..model.pattern import pattern_by_full_name
 from ..model.walk import adalora_parameters
-from ..rules.call import AllocatorCall
+from ..rules.call import memory_for
 from .expand import expanded, keeps_of, saved_triplets
 
 if TYPE_CHECKING:
@@ -42,15 +42,10 @@ def resize_modules_by_rank_pattern(
     peft: Callable[..., None], tuner: AdaLoraModel, /, rank_pattern: RankPattern, adapter_name: str
 ) -> None:
     """Leave an adapter that lives whole where PEFT would cut it only to load tensors that are cut."""
-    allocator = _living(tuner, adapter_name)
-    asked = _frame_of("set_peft_model_state_dict", "model", tuner)
-    # A user's own call wants it cut. And tensors of other sizes, if they are to be ignored, are taken away before ours.
-    if allocator is None or asked is None or asked.get("ignore_mismatched_sizes"):
-        peft()
-        return
-    energies = [p for p in adalora_parameters(tuner.model, adapter_name) if p.factor == "E"]
-    named = dict(pattern_by_full_name(energies, rank_pattern, adapter_name))
-    if any(len(named[p.name]) != len(p.parameter) for p in energies if p.name in named):
+    stays_whole = False
+    with harmless("see whether an AdaLoRA adapter stays whole"):
+        stays_whole = _stays_whole(tuner, rank_pattern, adapter_name)
+    if not stays_whole:
         peft()
 
 
@@ -60,14 +55,8 @@ def _load_from_state_dict(
     """Put cut tensors back into their rows, in torch's own copy of the state, before torch hands it to the layers."""
     allocator = vars(tuner).get("rankallocator")
     if allocator is not None and allocator.adapter_name in tuner.peft_config:
-        try:
+        with harmless("put the ranks of a pruned AdaLoRA adapter back into their rows"):
             _put_back(tuner, allocator, state_dict, f"{prefix}model.")
-        except Exception:
-            say(
-                said_level(),
-                "peft_gradguard could not put the ranks of a pruned AdaLoRA adapter back into their rows.",
-                exc_info=True,
-            )
     peft()
 
 
@@ -85,15 +74,20 @@ def resize_state_dict_by_rank_pattern(
     """
     allocator = _living(tuner, adapter_name)
     memory = known_memory(allocator) if allocator is not None else None
-    if memory is not None and memory.loaded and _cuts_what_is_used(tuner, rank_pattern, state_dict, adapter_name):
+    if memory is None:
+        return peft()
+    outdated = False
+    with harmless("see whether a rank_pattern is outdated"):
+        outdated = memory.loaded and _cuts_what_is_used(tuner, rank_pattern, state_dict, adapter_name)
+    if outdated:
         config: Any = tuner.peft_config[adapter_name]
         config.rank_pattern = None
         return state_dict
-    state_dict = peft()
-    if memory is not None and rank_pattern not in memory.cut:
-        memory.cut.append(rank_pattern)
-        del memory.cut[:-REMEMBERED]
-    return state_dict
+    with harmless("remember a rank_pattern"):
+        if rank_pattern not in memory.cut:
+            memory.cut.append(rank_pattern)
+            del memory.cut[:-REMEMBERED]
+    return peft()
 
 
 def _living(tuner: AdaLoraModel, adapter: str) -> RankAllocator | None:
@@ -102,12 +96,25 @@ def _living(tuner: AdaLoraModel, adapter: str) -> RankAllocator | None:
     return allocator if allocator is not None and allocator.adapter_name == adapter else None
 
 
+def _stays_whole(tuner: AdaLoraModel, rank_pattern: RankPattern, adapter: str) -> bool:
+    if _living(tuner, adapter) is None:
+        return False
+    asked = _frame_of("set_peft_model_state_dict", "model", tuner)
+    # A user's own call wants it cut. And tensors of other sizes, if they are to be ignored, are taken away before ours.
+    if asked is None or asked.get("ignore_mismatched_sizes"):
+        return False
+    energies = [p for p in adalora_parameters(tuner.model, adapter) if p.factor == "E"]
+    named = dict(pattern_by_full_name(energies, rank_pattern, adapter))
+    # Where PEFT has cut it before, without the guard, there is nothing to put ranks into.
+    return all(len(named[p.name]) == len(p.parameter) for p in energies if p.name in named)
+
+
 def _put_back(tuner: AdaLoraModel, allocator: RankAllocator, state: dict[str, Any], prefix: str) -> None:
     adapter = allocator.adapter_name
     saved = saved_triplets(triplets(adalora_parameters(tuner.model, adapter)), state, prefix)
     if not saved or not all(triplet.is_whole or triplet.can_be_put_back for triplet in saved):
         return
-    memory = known_memory(allocator) or AllocatorCall(allocator, tuner.model, None).memory
+    memory = memory_for(allocator)
     config: Any = tuner.peft_config[adapter]
     for pattern in _patterns(tuner, memory, config.rank_pattern, saved):
         keeps = keeps_of(saved, pattern or {}, adapter)

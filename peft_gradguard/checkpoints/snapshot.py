@@ -17,7 +17,7 @@ from ..model.marks import is_dtensor, whole_shape
 from ..model.parameters import triplets
 from ..model.pattern import budget_name, pattern_by_full_name
 from ..model.walk import adalora_parameters
-from ..rules.call import AllocatorCall
+from ..rules.call import memory_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -139,7 +139,7 @@ class _Allocator:
                 for t in _those(self.triplets, state["named"])
             }
         )
-        memory = known_memory(allocator) or AllocatorCall(allocator, self.tuner.model, None).memory
+        memory = memory_for(allocator)
         memory.called = memory.called or step != NOWHERE
         memory.loaded = False
         memory.seen.came_with = None
