@@ -46,12 +46,13 @@ def report(model: object) -> Report:
     # torch must not be loaded before it is needed.
     from .report.audit import build
 
+    is_enabled()
     return build(model)
 
 
 try:
-    from .install import enable
-    from .switch import disable, disabled, is_enabled
+    from . import install as hooks  # noqa: F401 - the name of 0.1.0
+    from .install import disable, disabled, enable, is_enabled
 except Exception:
     # wrapt is missing or broken. Our own command is there to say so in words; every other import fails here.
     if not {"peft_gradguard", "peft-gradguard", "peft-gradguard.exe"} & set(map(os.path.basename, sys.orig_argv)):

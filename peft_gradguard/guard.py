@@ -1,4 +1,4 @@
-"""The wrappers around ``RankAllocator``'s methods, and one of a layer's: one function each, that reads like a rule.
+"""The wrappers around ``RankAllocator``'s methods, and one of a layer's: a few lines each, that read like a rule.
 
 Each calls PEFT's own method (``peft``) with a view of the model; the other arguments go on as they were given.
 AdaLoRA's arithmetic is PEFT's: what ``speed/`` computes in its place has been seen, on the same allocator, to be the
