@@ -14,6 +14,8 @@ from .trust import Trust
 if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
 
+    from ..model.pattern import RankPattern
+
 
 class Memory:
     """What the guard remembers of one allocator. Keeps no model alive, and no tensor but gradients for late calls."""
@@ -27,6 +29,14 @@ class Memory:
         self.trust = Trust()
         self.called = False
         """Whether the allocator was ever called."""
+        self.calls = 0
+        """How many calls of its methods the guard has seen; those that PEFT makes inside of another count too."""
+        self.scorings = 0
+        """How many of them have scored anything."""
+        self.loaded = False
+        """Whether tensors were loaded into the adapter since its ranks were allocated last (``checkpoints/``)."""
+        self.cut: list[RankPattern] = []
+        """The last patterns that saved tensors were cut by."""
         self.watched = False
         """Whether it will be seen, at the allocator's end, if it was called."""
         self.counted: list[str] | None = None

@@ -22,6 +22,7 @@ from ..model.parameters import (
     ranked_triplets,
 )
 from ..model.pattern import pattern_by_full_name
+from ..model.tuners import tuners_in
 from ..model.walk import adalora_parameters
 from ..rules.importance import importance
 from .advice import Look, advice
@@ -29,15 +30,10 @@ from .facts import AdapterReport, ModuleReport, ParameterReport, trained
 from .report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from peft import AdaLoraConfig
     from peft.tuners.adalora import AdaLoraModel
 
     from ..model.parameters import AdaLoraParameter, SkipReason
-
-HOLDERS = ("module", "_orig_mod", "model", "base_model")
-"""Where objects that are no modules themselves keep their model: trainers, engines, compiled functions."""
 
 
 def build(model: object) -> Report:
@@ -46,19 +42,6 @@ def build(model: object) -> Report:
     if not tuners:
         raise ValueError(_nothing_found(model))
     return Report(tuple(_adapter(tuner, name) for tuner in tuners for name in tuner.peft_config))
-
-
-def tuners_in(holder: object, depth: int = 0) -> Iterator[AdaLoraModel]:
-    """Yield the AdaLoRA models in a model, or in what holds one; the same one may come more than once."""
-    from peft.tuners.adalora import AdaLoraModel
-
-    if isinstance(holder, torch.nn.Module):
-        yield from (module for module in holder.modules() if isinstance(module, AdaLoraModel))
-    elif depth < 5:
-        for name in HOLDERS:
-            inner = getattr(holder, name, None)
-            if inner is not None:
-                yield from tuners_in(inner, depth + 1)
 
 
 def _nothing_found(model: object) -> str:
@@ -136,7 +119,25 @@ def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
         modules=modules,
         advice=advice(look, modules),
         history=tuple(look.counts.history),
+        final_step=_final_step(look),
+        final=_final(look),
     )
+
+
+def _final_step(look: Look) -> int | None:
+    total: int | None = look.config.total_step
+    return None if look.allocator is None or total is None else total - look.config.tfinal
+
+
+def _final(look: Look) -> bool | None:
+    step, final_step = look.counts.step, _final_step(look)
+    if step is None or final_step is None or look.allocator is None:
+        return None
+    if step >= final_step:
+        return True
+    # PEFT forgets the scores when it settles the ranks, and the guard may have been off then; or they were never kept.
+    forgotten = not look.allocator.exp_avg_ipt and any(count.scored for count in look.counts.of_each().values())
+    return None if forgotten else False
 
 
 def _ranked(look: Look) -> set[str]:

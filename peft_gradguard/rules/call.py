@@ -118,6 +118,11 @@ def call_for(allocator: RankAllocator, model: Any) -> Iterator[AllocatorCall]:
         yield call
 
 
+def memory_for(allocator: RankAllocator) -> Memory:
+    """Return the memory of an allocator outside of a call, as where its adapter is loaded."""
+    return memory_of(allocator)
+
+
 def view_of(model: Any, adapter: str, others: bool) -> ModelView:
     """Walk the model once, and return it as a view that shows all AdaLoRA parameters of the adapter.
 

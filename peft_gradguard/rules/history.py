@@ -17,6 +17,8 @@ def note_step(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> 
     """Remember what an ``update_and_allocate`` has left."""
     counts, allocator = call.memory.counts, call.allocator
     counts.step = call.step
+    if pattern:
+        call.memory.loaded = False
     if not call.scoring_is_due and call.scored:
         counts.importance = importance(allocator, call.parameters)
     if history_is_kept() and call.step is not None:

@@ -112,6 +112,8 @@ def watch_for_calls(call: AllocatorCall) -> None:
     # To load a pruned adapter, PEFT makes new parameters of those that its pattern names: it may be trained on with the
     # ranks that it has. One with a pattern that is not loaded was given another training's config.
     named = dict(pattern_by_full_name(call.parameters, pattern, allocator.adapter_name))
+    # Of the others the last one: who freezes layers freezes the first ones.
+    energies.reverse()
     energies.sort(key=lambda p: (p.name not in named, all(named.get(p.name, ()))))
     if energies:
         memory.watched = True
@@ -125,6 +127,7 @@ def watch_for_calls(call: AllocatorCall) -> None:
 def note_call(call: AllocatorCall) -> None:
     """Remember that the allocator was called, and say what is to be said of others."""
     call.memory.called = True
+    call.memory.calls += 1
     for parameter in call.parameters if _orphans else ():
         # Another allocator, a copy perhaps, has come in the place of the one that is gone.
         _orphans.pop(id(parameter.parameter), None)
