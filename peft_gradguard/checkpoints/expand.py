@@ -79,13 +79,13 @@ def expanded(
     come back: those of the model where it is ``untouched`` by training, else new ones.
     """
     # A generator of its own: the same rows on every process, and the program's random numbers go on as they would.
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
     whole: dict[str, torch.Tensor] = {}
     for triplet in saved:
         if triplet.is_whole:
             continue
         A, B, E = triplet.triplet
-        keep = torch.tensor(keeps[E.name], dtype=torch.bool)
+        keep = torch.tensor(keeps[E.name], dtype=torch.bool, device="cpu")
         whole[A.name] = _filled(_start(A, triplet.A, untouched, random), triplet.A, keep)
         whole[B.name] = _filled(_start(B, triplet.B, untouched, random).T, triplet.B.T, keep).T.contiguous()
         whole[E.name] = _filled(torch.zeros_like(_start(E, triplet.E, untouched, random)), triplet.E, keep)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
-    from peft.tuners.adalora import AdaLoraModel
 
 
 class AllocatorState:
@@ -21,20 +19,19 @@ class AllocatorState:
     by itself.
 
     ``model``: a ``PeftModel`` with an AdaLoRA adapter that trains, or what holds one (DDP, ``torch.compile``,
-    accelerate, a ``Trainer``). ``ValueError`` where there is none. The model is not kept alive.
+    accelerate, a ``Trainer``); it is held on to, as by an optimizer. ``ValueError`` where there is none.
     """
 
     def __init__(self, model: object) -> None:
         # torch must not be loaded before it is needed.
         from ..model.tuners import tuners_that_train
 
-        tuners = tuners_that_train(model)
-        if not tuners:
+        self._tuners = tuners_that_train(model)
+        if not self._tuners:
             raise ValueError(
                 f"AllocatorState found no trainable AdaLoRA adapter in a {type(model).__name__}: give it what "
                 "get_peft_model returned for an AdaLoraConfig, or what wraps it."
             )
-        self._tuners = [weakref.ref(tuner) for tuner in tuners]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return copies, on the CPU: a flat dict of tensors, with the same names and shapes at each step.
@@ -44,20 +41,14 @@ class AllocatorState:
         """
         from .snapshot import take
 
-        return take(self._living())
+        return take(self._tuners)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Put a state back, weights included. After it, or before, the checkpoint's own weights may be loaded too.
+        """Put a state back, weights included: last, after the checkpoint's own weights.
 
         ``ValueError`` that names the difference where it is the state of another model, adapter, schedule or format:
         then nothing is changed.
         """
         from .snapshot import put_back
 
-        put_back(self._living(), state_dict)
-
-    def _living(self) -> list[AdaLoraModel]:
-        tuners = [tuner for reference in self._tuners if (tuner := reference()) is not None]
-        if len(tuners) < len(self._tuners):
-            raise ValueError("The model of this AllocatorState is gone: make a new one, for the model that trains.")
-        return tuners
+        put_back(self._tuners, state_dict)
