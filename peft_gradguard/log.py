@@ -6,7 +6,10 @@ import contextlib
 import logging
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 logger = logging.getLogger("peft_gradguard")
 
@@ -19,6 +22,15 @@ def say(level: int, message: str, *args: Any, extra: dict[str, Any] | None = Non
         # The program may have closed its stderr too: then the message is lost.
         with contextlib.suppress(Exception):
             print(f"peft_gradguard: {message % args} (logging failed on this: {error!r})", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Let nothing that fails in this block, which is there for comfort, come through to the program."""
+    try:
+        yield
+    except Exception:
+        say(logging.DEBUG, "peft_gradguard could not %s.", what, exc_info=True)
 
 
 def said_level() -> int:

@@ -48,10 +48,10 @@ class LateCalls:
             self._kept = KeptGradients(parameters)
         return self._turn(found, never_scored=never_scored)
 
-    def scored(self, parameters: Sequence[AdaLoraParameter], *, lent: bool) -> None:
-        """After a call: it has used what was kept, or these parameters' own gradients."""
+    def scored(self, parameters: Sequence[AdaLoraParameter], *, own: bool) -> None:
+        """After a call: it has scored these parameters' own gradients, or else those that they were lent, or none."""
         if self._kept:
-            self._kept.start_anew(() if lent else parameters)
+            self._kept.start_anew(parameters if own else ())
             self._kept.follow(parameters)
 
     def stop(self) -> None:
@@ -71,7 +71,10 @@ class LateCalls:
             self._without_step = 0
         hopeless = (never_scored and not left_out) or self.no_optimizer_steps
         turned = verdict(self.order, found, stepped=kept.stepped, hopeless=hopeless)
-        if not turned.gives_up:
+        if turned.gives_up:
+            # A loop may swallow the error and go on: what has happened before this call is no matter of the next.
+            kept.start_anew(())
+        else:
             self.order = turned.order
             kept.copies = turned.order.copies
             if turned.order is Order.IN_TIME:

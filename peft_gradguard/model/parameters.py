@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Factor = Literal["A", "B", "E"]
-SkipReason = Literal["frozen", "no gradient", "non-finite gradient", "inside modules_to_save", "excluded"]
+SkipReason = Literal["frozen", "no gradient", "non-finite gradient", "inside modules_to_save", "excluded", "warming up"]
 
 FROZEN: SkipReason = "frozen"
 NO_GRADIENT: SkipReason = "no gradient"
 NON_FINITE: SkipReason = "non-finite gradient"
 INSIDE_MODULES_TO_SAVE: SkipReason = "inside modules_to_save"
 EXCLUDED: SkipReason = "excluded"
+WARMING_UP: SkipReason = "warming up"
 
 
 class AdaLoraParameter(NamedTuple):
@@ -74,14 +75,20 @@ def takes_part(parameter: AdaLoraParameter, scored: Container[str]) -> bool:
     return parameter.parameter.requires_grad and parameter.name in scored and not parameter.excluded
 
 
-def ranked_triplets(parameters: Iterable[AdaLoraParameter], scored: Container[str]) -> list[Triplet]:
-    """Return the triplets in budget and mask: E is trainable and scored, A or B too, and not in a saved copy."""
+def ranked_triplets(
+    parameters: Iterable[AdaLoraParameter], scored: Container[str], warming_up: Container[str] = ()
+) -> list[Triplet]:
+    """Return the triplets in budget and mask: E is trainable and scored, A or B too, and not in a saved copy.
+
+    ``warming_up``: the E that were scored too seldom until now (``Counts.warming_up``).
+    """
     every = triplets(parameters)
     saved = modules_inside_modules_to_save(triplet.E.module for triplet in every)
     return [
         triplet
         for triplet in every
         if triplet.E.module not in saved
+        and triplet.E.name not in warming_up
         and takes_part(triplet.E, scored)
         and (takes_part(triplet.A, scored) or takes_part(triplet.B, scored))
     ]

@@ -8,17 +8,21 @@ import torch
 
 from ..memory.counts import Count, Counts
 from ..memory.memory import known_memory
+from ..memory.seen import Seen
 from ..model.exclusions import mark_excluded
+from ..model.layers import adapters_that_train
 from ..model.marks import is_dtensor, whole_shape
 from ..model.parameters import (
     EXCLUDED,
     FROZEN,
     INSIDE_MODULES_TO_SAVE,
     NO_GRADIENT,
+    WARMING_UP,
     modules_inside_modules_to_save,
     ranked_triplets,
 )
 from ..model.pattern import pattern_by_full_name
+from ..model.tuners import tuners_in
 from ..model.walk import adalora_parameters
 from ..rules.importance import importance
 from .advice import Look, advice
@@ -26,15 +30,10 @@ from .facts import AdapterReport, ModuleReport, ParameterReport, trained
 from .report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from peft import AdaLoraConfig
     from peft.tuners.adalora import AdaLoraModel
 
     from ..model.parameters import AdaLoraParameter, SkipReason
-
-HOLDERS = ("module", "_orig_mod", "model", "base_model")
-"""Where objects that are no modules themselves keep their model: trainers, engines, compiled functions."""
 
 
 def build(model: object) -> Report:
@@ -43,19 +42,6 @@ def build(model: object) -> Report:
     if not tuners:
         raise ValueError(_nothing_found(model))
     return Report(tuple(_adapter(tuner, name) for tuner in tuners for name in tuner.peft_config))
-
-
-def tuners_in(holder: object, depth: int = 0) -> Iterator[AdaLoraModel]:
-    """Yield the AdaLoRA models in a model, or in what holds one; the same one may come more than once."""
-    from peft.tuners.adalora import AdaLoraModel
-
-    if isinstance(holder, torch.nn.Module):
-        yield from (module for module in holder.modules() if isinstance(module, AdaLoraModel))
-    elif depth < 5:
-        for name in HOLDERS:
-            inner = getattr(holder, name, None)
-            if inner is not None:
-                yield from tuners_in(inner, depth + 1)
 
 
 def _nothing_found(model: object) -> str:
@@ -79,12 +65,15 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
     parameters = adalora_parameters(tuner.model, adapter)
     if allocator is not None:
         parameters = mark_excluded(parameters)
+    counts = memory.counts if memory else Counts()
+    seen = memory.seen if memory else Seen()
+    pattern = seen.own_pattern(config.rank_pattern, adapter, parameters)
     return Look(
         adapter,
         tuple(tuner.peft_config),
         config,
         allocator,
-        memory.counts if memory else Counts(),
+        counts,
         bool(memory and memory.called),
         parameters,
         {
@@ -92,8 +81,11 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
             for name, module in tuner.model.named_modules()
             if hasattr(module, "lora_E") and adapter in getattr(module, "r", {})
         },
-        dict(pattern_by_full_name(parameters, config.rank_pattern or {}, adapter)),
+        dict(pattern_by_full_name(parameters, pattern, adapter)),
         modules_inside_modules_to_save({parameter.module for parameter in parameters}),
+        adapters_that_train(tuner.model) if allocator is not None or not hasattr(tuner, "rankallocator") else [],
+        seen,
+        counts.warming_up((p.name for p in parameters if p.factor == "E"), config.tinit or 0),
     )
 
 
@@ -120,14 +112,34 @@ def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
         modules=modules,
         advice=advice(look, modules),
         history=tuple(look.counts.history),
+        final_step=_final_step(look),
+        final=_final(look),
     )
+
+
+def _final_step(look: Look) -> int | None:
+    total: int | None = look.config.total_step
+    return None if look.allocator is None or total is None else total - look.config.tfinal
+
+
+def _final(look: Look) -> bool | None:
+    step, final_step = look.counts.step, _final_step(look)
+    if step is None or final_step is None or look.allocator is None:
+        return None
+    if step >= final_step:
+        return True
+    # PEFT forgets the scores when it settles the ranks, and the guard may have been off then; or they were never kept.
+    forgotten = not look.allocator.exp_avg_ipt and any(count.scored for count in look.counts.of_each().values())
+    return None if forgotten else False
 
 
 def _ranked(look: Look) -> set[str]:
     """Return the modules in the budget; before training, those that will be if all that trains gets gradients."""
     scored: Any = look.allocator.exp_avg_ipt if look.allocator is not None else {}
-    if scored:
-        return {triplet.E.module for triplet in ranked_triplets(look.parameters, scored)}
+    ranked = {triplet.E.module for triplet in ranked_triplets(look.parameters, scored, look.warming_up)}
+    # Without the guard a call fails at the first parameter without a gradient, and leaves scores for a few.
+    if ranked or (scored and look.called):
+        return ranked
     if look.called or look.pattern or look.allocator is None:
         # PEFT has forgotten the scores at its finalising step, or the adapter was loaded.
         return {parameter.module for parameter in look.parameters if parameter.name in look.pattern}
@@ -203,6 +215,8 @@ def _reason(
         ):
             if "E" in holds or {"A", "B"} <= set(holds):
                 return reason
+        if any(part.name in look.warming_up for part in parts):
+            return WARMING_UP
     often: dict[SkipReason, int] = {}
     for part in parts:
         for reason, steps in counts.get(part.name, Count()).skipped.items():

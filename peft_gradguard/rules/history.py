@@ -13,21 +13,23 @@ if TYPE_CHECKING:
     from .call import AllocatorCall
 
 
-def note_step(call: AllocatorCall, finalising: bool, budget: int, pattern: RankPattern | None) -> None:
+def note_step(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> None:
     """Remember what an ``update_and_allocate`` has left."""
     counts, allocator = call.memory.counts, call.allocator
     counts.step = call.step
-    if finalising and allocator.exp_avg_ipt:
+    if pattern:
+        call.memory.loaded = False
+    if not call.scoring_is_due and call.scored:
         counts.importance = importance(allocator, call.parameters)
-    if history_is_kept():
-        assert call.step is not None
+    if history_is_kept() and call.step is not None:
         counts.history.append(HistoryPoint(call.step, budget, _total_rank(call, pattern), counts.skipped))
 
 
 def _total_rank(call: AllocatorCall, pattern: RankPattern | None) -> int:
     """Count ranks by the last pattern; what it does not name has its full rank."""
-    in_force = pattern or call.allocator.peft_config.rank_pattern or {}
-    known = dict(pattern_by_full_name(call.parameters, in_force, call.allocator.adapter_name))
+    config, adapter = call.allocator.peft_config, call.allocator.adapter_name
+    in_force = pattern or call.memory.seen.own_pattern(config.rank_pattern, adapter, call.parameters)
+    known = dict(pattern_by_full_name(call.parameters, in_force, adapter))
     return sum(
         sum(known[parameter.name]) if parameter.name in known else parameter.parameter.size(0)
         for parameter in call.parameters

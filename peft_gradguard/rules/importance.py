@@ -9,6 +9,7 @@ import torch
 
 from ..model.marks import is_dtensor
 from ..model.parameters import takes_part, triplets
+from .call import scores_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,7 +26,7 @@ def importance(allocator: RankAllocator, parameters: Iterable[AdaLoraParameter])
 
 
 def _of_triplet(allocator: RankAllocator, triplet: Triplet) -> float | None:
-    scored = allocator.exp_avg_ipt
+    scored = scores_of(allocator)
     # Without the guard PEFT's scores may be shards (FSDP2): to sum those would be a collective.
     parts = {p.factor: p.name for p in triplet if takes_part(p, scored) and not is_dtensor(scored[p.name])}
     means = []

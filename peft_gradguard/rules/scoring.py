@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..model.gradients import step_gradients
 from ..stacks.stack import require_gradients
+from ..wrapper import scores_by_gradients
 from .broken_loop import nothing_to_score, say_late_and_zero
 
 if TYPE_CHECKING:
@@ -23,24 +24,32 @@ def scoring(call: AllocatorCall) -> Iterator[bool]:
     Where user code's own ``update_ipt`` calls the guarded one, it is shown by then what this would show it.
     """
     if call.any_usable is not None:
+        call.view.show(call.usable)
         yield call.any_usable
         return
     require_gradients(call.allocator, call.view, call.at)
     memory = call.memory
     with _gradients_to_score(call) as gradients:
-        usable = [parameter for parameter in call.parameters if gradients.reasons[parameter.name] is None]
-        if usable:
+        call.usable = [parameter for parameter in call.parameters if gradients.reasons[parameter.name] is None]
+        call.view.show(call.usable)
+        if not scores_by_gradients(call.allocator):
+            call.view.show_the_model()
+        elif call.usable:
             memory.said.skips(gradients.reasons, call.step)
         else:
             nothing_to_score(call, gradients)
-        call.view.show(usable)
-        call.any_usable = bool(usable)
+        call.any_usable = bool(call.usable)
+        memory.counts.begin(gradients.reasons, call.scored)
         try:
             yield call.any_usable
         finally:
             call.any_usable = None
-        memory.counts.add(call.step, gradients.reasons)
-    memory.late.scored(call.parameters, lent=gradients.lent)
+            memory.counts.look(call.scored)
+        memory.counts.add(call.step)
+        memory.scorings += bool(call.usable)
+        memory.seen.note_scoring(call.step, call.parameters, gradients)
+        call.gradients = gradients
+    memory.late.scored(call.parameters, own=gradients.came and not gradients.lent)
 
 
 @contextmanager
