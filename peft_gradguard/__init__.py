@@ -51,7 +51,7 @@ def report(model: object) -> Report:
 
 
 def _is_our_command() -> bool:
-    """Say whether this is the program ``peft-gradguard`` or ``python -m peft_gradguard``: an argument may be named so."""
+    """Say whether this is ``peft-gradguard`` or ``python -m peft_gradguard``; an argument may be named so too."""
     if sys.argv[:1] != ["-m"]:
         return bool(sys.argv) and os.path.basename(sys.argv[0]) in ("peft-gradguard", "peft-gradguard.exe")
     module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)]
