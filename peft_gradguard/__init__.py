@@ -30,7 +30,7 @@ from .report.report import Report as Report  # noqa: TC001 - for the user
 from .settings import read_switch
 from .switch import hint_at_exit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The classes are public too. They are not in this list, by which help() would show all that they inherit.
 __all__ = ["__version__", "disable", "disabled", "enable", "exclude", "is_enabled", "keep_history", "report"]

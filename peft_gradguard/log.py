@@ -47,5 +47,5 @@ def distributed_rank() -> int:
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         rank: int = distributed.get_rank()
         return rank
-    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return int(rank) if rank.isdecimal() and size.isdecimal() else 0
+    given, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(given) if given.isdecimal() and size.isdecimal() else 0
