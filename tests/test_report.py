@@ -712,7 +712,7 @@ def test_advice_on_training_a_pruned_adapter_on_with_a_part_of_it_frozen(
     there, target = sum(module.rank_kept for module in ranked), target_r * len(ranked)
     will = f"leave {target} of {there} ranks" if there > target else "fail in torch.kthvalue"
     (advice,) = only(model).advice
-    assert f"loaded with {4 * target_r} ranks, but its budget begins at {4 * INIT_R}" in advice
+    assert f"has {4 * target_r} ranks, but its budget begins at {4 * INIT_R}" in advice
     assert f"update_and_allocate will {will}, and" in advice
     if "leave" in will:
         advance(model, *range(1, FINALISING + 1), optimise=True)
