@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..settings import FUSED, read_fused
 
@@ -23,5 +23,3 @@ class Trust:
         self.objection = None if read_fused() else f"{FUSED} switches it off"
         """Why this allocator's scores are left to PEFT for good; None where they are not."""
         self.said = False
-        self.plans: dict[tuple[object, ...], Any] = {}
-        """By device and data type, where the scores lie that are computed together (``speed/flat.py``). No tensors."""

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 
     from .parameters import AdaLoraParameter, SkipReason
 
-SMALL = 1 << 12
-"""A tensor of at most so many numbers takes torch longer to look for than to read."""
-CHUNK = 1 << 16
-"""The numbers that are copied to be looked at together."""
-
 
 class StepGradients(NamedTuple):
     """What this step's gradients are good for."""
@@ -96,33 +91,8 @@ def _norms(tensors: Sequence[torch.Tensor], order: float) -> list[float]:
             groups.setdefault((tensor.device, tensor.dtype), []).append(index)
     for indices in groups.values():
         with torch.no_grad():
-            order_of, norms = _norms_of_a_kind(indices, tensors, order)
-            values = torch.cat(norms).tolist()
-        for index, value in zip(order_of, values, strict=True):
+            norms = torch._foreach_norm([tensors[index] for index in indices], order)
+            values = torch.stack(norms).tolist()
+        for index, value in zip(indices, values, strict=True):
             found[index] = value
     return found
-
-
-def _norms_of_a_kind(
-    indices: Sequence[int], tensors: Sequence[torch.Tensor], order: float
-) -> tuple[list[int], list[torch.Tensor]]:
-    """Return the norms of those of one device and data type, in some order. Small ones of one size are rows of one."""
-    rows: dict[int, list[int]] = {}
-    others = []
-    for index in indices:
-        tensor = tensors[index]
-        numbers = tensor.numel()
-        if numbers <= SMALL and type(tensor) is torch.Tensor and tensor.layout is torch.strided:
-            rows.setdefault(numbers, []).append(index)
-        else:
-            others.append(index)
-    order_of, norms = list(others), []
-    if others:
-        norms.append(torch.stack(torch._foreach_norm([tensors[index] for index in others], order)))
-    for numbers, those in rows.items():
-        for start in range(0, len(those), CHUNK // numbers):
-            chunk = those[start : start + CHUNK // numbers]
-            matrix = torch._utils._flatten_dense_tensors([tensors[index] for index in chunk]).view(len(chunk), numbers)
-            norms.append(torch.linalg.vector_norm(matrix, order, dim=1))
-            order_of += chunk
-    return order_of, norms
