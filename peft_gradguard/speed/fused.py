@@ -9,6 +9,7 @@ import torch
 
 from ..log import say
 from ..model.marks import deepspeed_holds_gradient
+from ..settings import FUSED, read_fused
 from ..stacks.deepspeed import peft_asks_deepspeed
 from ..wrapper import is_undisturbed
 from .known import is_known
@@ -38,6 +39,9 @@ def score(call: AllocatorCall, peft_scores: Callable[[ModelView], None]) -> None
     A step with a parameter that has no scores yet, or scores of another data type, is PEFT's as a whole.
     """
     allocator, view, trust = call.allocator, call.view, call.memory.trust
+    if not trust.switch_was_read:
+        trust.switch_was_read = True
+        trust.objection = None if read_fused() else f"{FUSED} switches it off"
     trust.objection = trust.objection or _objection(allocator, peft_scores, view.shown)
     groups = {} if trust.objection else _groups(allocator, view.shown)
     if not groups:
