@@ -3,10 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test matrix conformity lint types build proof soak cost bench coverage mutants clean
+.DEFAULT_GOAL := help
+.PHONY: help demo picture docs gpu matrix-torch test matrix conformity lint types build proof soak cost bench coverage mutants clean
+
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/ready  ## the main job on real digits
 	$(BIN)/python examples/digits.py
+
+picture: .venv/ready  ## the same, and draw its ranks into docs/ranks.png anew
+	$(BIN)/python examples/digits.py docs/ranks.png
 
 test: .venv/stacks  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -18,11 +25,11 @@ conformity: .venv/stacks  ## PEFT's own tests of AdaLoRA, with the guard and wit
 	$(PIP) --editable ".[conformity]"
 	$(BIN)/python tests/conformity.py
 
-lint: .venv/ready
+lint: .venv/ready  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/ready
+types: .venv/ready  ## mypy, strict
 	$(BIN)/mypy
 
 build: .venv/ready  ## wheel and source distribution, and what checks them
@@ -34,10 +41,22 @@ build: .venv/ready  ## wheel and source distribution, and what checks them
 	$(BIN)/validate-pyproject pyproject.toml
 
 proof: .venv/stacks  ## the guard against the oracle of its rules, in 20,000 random trainings
-	$(BIN)/python -m pytest tests/test_oracle.py -k "not release" --hypothesis-profile=long --hypothesis-show-statistics
+	$(BIN)/python -m pytest tests/whole/test_oracle.py -k "not release" --hypothesis-profile=long --hypothesis-show-statistics
 
-soak: .venv/stacks  ## 50,000 steps and 200 models: memory, log lines, what is left behind
-	$(BIN)/python tests/soak.py
+soak: .venv/stacks  ## 50,000 steps and 200 models, and 2,000 trainings in four threads: memory, log lines, errors
+	$(BIN)/python tests/support/soak.py
+	$(BIN)/python -W ignore tests/support/soak_threads.py
+
+docs: .venv/ready  ## the docs as pages, in site/; a dead link is an error
+	$(PIP) --editable ".[docs]"
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "The pages are in site/: open site/index.html."
+
+gpu:  ## what needs CUDA, with the torch and PEFT that python3 has (no installation)
+	$(PYTHON) -m pytest tests/gpu -q -p no:cacheprovider
+
+matrix-torch:  ## the tests that face PEFT, on torch 2.0, 2.4 and the newest (downloads gigabytes)
+	$(PYTHON) tests/matrix_torch.py
 
 cost: .venv/stacks  ## what a start of the interpreter costs
 	$(BIN)/python examples/startup_cost.py 60
@@ -73,5 +92,5 @@ mutants: .venv/stacks coverage  ## every small change of the package: does a tes
 	$(PIP) --editable ".[mutants]"
 	$(BIN)/python tests/mutants.py
 
-clean:
+clean:  ## remove what the other targets have made
 	rm -rf .venv .matrix .mutants .coverage* .durations.xml dist build .mypy_cache .ruff_cache .pytest_cache

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).resolve().parent.parent / "demo-adapter"
 PRETRAINED = FOLDER / "pretrained"
 LOGITS = FOLDER / "logits.pt"
-PICTURE = FOLDER.parent / "docs" / "ranks.png"
+PICTURE = FOLDER / "ranks.png"
 RELOAD = "--reload"
 
 PRETRAINING_STEPS, STEPS, BATCH = 200, 400, 64
@@ -289,7 +289,7 @@ def heading(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
-def demo(train: Digits, test: Digits) -> None:
+def demo(train: Digits, test: Digits, picture: Path) -> None:
     # Not at the top of the file, which the process without the guard runs too.
     import peft_gradguard
 
@@ -313,8 +313,8 @@ def demo(train: Digits, test: Digits) -> None:
     model = train_guarded(train)
     report = peft_gradguard.report(model)
     print(f"\n{report}\n")
-    report.plot(PICTURE)
-    print(f"The same as a picture: {PICTURE.relative_to(PICTURE.parent.parent)}")
+    report.plot(picture)
+    print(f"The same as a picture: {os.path.relpath(picture)}")
     reached = accuracy(model, test)
     print(f"\nAccuracy on {len(test.labels)} held-out digits: {reached:.1%}")
     if reached < NEEDED_ACCURACY:
@@ -350,4 +350,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == [RELOAD]:
         reload(test)
     else:
-        demo(train, test)
+        FOLDER.mkdir(exist_ok=True)
+        demo(train, test, Path(sys.argv[1]) if sys.argv[1:] else PICTURE)

@@ -2,6 +2,13 @@
 
 ``import peft_gradguard`` switches it on, before or after ``import peft``, unless ``PEFT_GRADGUARD`` says otherwise.
 The import loads neither torch nor PEFT.
+
+Errors: ``NoGradientError``, ``TrainingStackError``. What ``report`` returns: ``Report``, with ``AdapterReport``,
+``ModuleReport``, ``ParameterReport``, ``HistoryPoint``. What ``exclude`` returns: ``Exclusion``. To stop a training and
+go on with it: ``AllocatorState``.
+
+Public is what stands here, ``peft_gradguard.integrations.transformers.AdaLoraCallback``, the command
+``peft-gradguard`` and the folder ``autoload``. The other modules are private: they may change in any release.
 """
 
 from __future__ import annotations
@@ -9,29 +16,24 @@ from __future__ import annotations
 import os
 import sys
 
-from .checkpoints.state import AllocatorState
-from .errors import NoGradientError, TrainingStackError
+from .checkpoints.state import AllocatorState as AllocatorState
+from .errors import NoGradientError as NoGradientError
+from .errors import TrainingStackError as TrainingStackError
+from .memory.counts import HistoryPoint as HistoryPoint
 from .memory.counts import keep_history
+from .model.exclusions import Exclusion as Exclusion
 from .model.exclusions import exclude
-from .report.report import Report
+from .report.facts import AdapterReport as AdapterReport
+from .report.facts import ModuleReport as ModuleReport
+from .report.facts import ParameterReport as ParameterReport
+from .report.report import Report as Report  # noqa: TC001 - for the user
 from .settings import read_switch
+from .switch import hint_at_exit
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AllocatorState",
-    "NoGradientError",
-    "Report",
-    "TrainingStackError",
-    "__version__",
-    "disable",
-    "disabled",
-    "enable",
-    "exclude",
-    "is_enabled",
-    "keep_history",
-    "report",
-]
+# The classes are public too. They are not in this list, by which help() would show all that they inherit.
+__all__ = ["__version__", "disable", "disabled", "enable", "exclude", "is_enabled", "keep_history", "report"]
 
 
 def report(model: object) -> Report:
@@ -44,12 +46,13 @@ def report(model: object) -> Report:
     # torch must not be loaded before it is needed.
     from .report.audit import build
 
+    is_enabled()
     return build(model)
 
 
 try:
-    from .install import enable
-    from .switch import disable, disabled, is_enabled
+    from . import install as hooks  # noqa: F401 - the name of 0.1.0
+    from .install import disable, disabled, enable, is_enabled
 except Exception:
     # wrapt is missing or broken. Our own command is there to say so in words; every other import fails here.
     if not {"peft_gradguard", "peft-gradguard", "peft-gradguard.exe"} & set(map(os.path.basename, sys.orig_argv)):
@@ -57,3 +60,5 @@ except Exception:
 else:
     if read_switch() is not False:
         enable()
+    else:
+        hint_at_exit()

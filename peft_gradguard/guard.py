@@ -1,4 +1,4 @@
-"""The wrappers around ``RankAllocator``'s methods: one function per method, each a few lines that read like its rule.
+"""The wrappers around ``RankAllocator``'s methods, and one of a layer's: a few lines each, that read like a rule.
 
 Each calls PEFT's own method (``peft``) with a view of the model; the other arguments go on as they were given.
 AdaLoRA's arithmetic is PEFT's: what ``speed/`` computes in its place has been seen, on the same allocator, to be the
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .log import harmless
 from .rules.call import AllocatorCall, call_for, call_under_way, under_way
+from .rules.disabled import flags_of, note_disabling, undo_thawing
 from .rules.history import note_step
 from .rules.ranking import pattern_to_mask, rank, ranks_in_its_own_way, settled
 from .rules.scoring import scoring
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
-    from peft.tuners.adalora import RankAllocator
+    from peft.tuners.adalora import AdaLoraLayer, RankAllocator
 
     from .model.pattern import RankPattern
+    from .rules.disabled import Flags
 
 
 def update_and_allocate(
@@ -149,3 +151,16 @@ def _set_budget_scheduler(
     if call_under_way(allocator) is None:
         with harmless("meet a new allocator"), call_for(allocator, model) as call:
             watch_for_calls(call)
+
+
+def enable_adapters(peft: Callable[..., None], layer: AdaLoraLayer, /, enabled: bool, *_: Any, **__: Any) -> None:
+    """Let ``disable_adapter()`` leave ``requires_grad`` as it was before (``AdaLoraLayer.enable_adapters``)."""
+    meanwhile: Flags = {}
+    with harmless("look at a layer that is disabled or enabled"):
+        meanwhile = flags_of(layer)
+        if not enabled:
+            note_disabling(layer)
+    peft()
+    if enabled:
+        with harmless("leave frozen what was frozen"):
+            undo_thawing(layer, meanwhile)

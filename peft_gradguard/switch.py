@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from .settings import SWITCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,3 +49,20 @@ def is_enabled() -> bool:
 def times_switched_off() -> int:
     """Return how often the guard was switched off in this process: in between it sees nothing."""
     return _times_off
+
+
+def hint_at_exit() -> None:
+    """Where the switch is off and the program ends by the very error of PEFT's, say so in one line on stderr."""
+    atexit.register(_hint)
+
+
+def _hint() -> None:
+    # What Python sets for an exception that ended the program; it has printed the traceback by then.
+    error, trace = getattr(sys, "last_value", None), getattr(sys, "last_traceback", None)
+    if _enabled or sys.stderr is None or not isinstance(error, TypeError):
+        return
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "update_ipt":
+            print(f"peft_gradguard is switched off ({SWITCH}=0). Switched on, it stops this error.", file=sys.stderr)
+            return
+        trace = trace.tb_next

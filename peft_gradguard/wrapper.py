@@ -74,6 +74,8 @@ def wrap(owner: type, name: str, guarded: Callable[..., Any], expected: tuple[st
         return
     if name not in vars(owner):
         setattr(owner, name, _inherited(owner, name))
+    while _is_of_an_earlier_import(vars(owner)[name]):
+        setattr(owner, name, vars(owner)[name].__wrapped__)
     signature = inspect.signature(vars(owner)[name])
     named = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD] or list(expected)
 
@@ -100,6 +102,13 @@ def wrap(owner: type, name: str, guarded: Callable[..., Any], expected: tuple[st
         return guarded(peft, instance, *given.args[1:], **given.kwargs)
 
     wrapt.wrap_object(owner, name, GuardWrapper, (wrapper,))
+
+
+def _is_of_an_earlier_import(method: Any) -> bool:
+    """Say whether this is the wrapper of a package that has been imported anew since, and is out of reach."""
+    kind = type(method)
+    names = (kind.__module__, kind.__qualname__), (GuardWrapper.__module__, GuardWrapper.__qualname__)
+    return kind is not GuardWrapper and names[0] == names[1]
 
 
 def _inherited(owner: type, name: str) -> Callable[..., Any]:

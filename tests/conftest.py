@@ -3,12 +3,20 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from unguarded import assert_unguarded, call_unguarded
+
+try:
+    from hypothesis import settings
+except ImportError:
+    # A bare machine (tests/gpu) may lack it; the tests that draw by chance then fail to be collected.
+    settings = None
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,28 +24,29 @@ if TYPE_CHECKING:
 os.environ.pop("PEFT_GRADGUARD", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-settings.register_profile("short", derandomize=True, max_examples=600, deadline=None, database=None)
-settings.register_profile("long", settings.get_profile("short"), derandomize=False, max_examples=20_000)
-settings.register_profile("quick", settings.get_profile("short"), max_examples=60)
-settings.load_profile("short")
-
-
-def assert_unguarded() -> None:
-    assert not [name for name in sys.modules if name.startswith("peft_gradguard")]
-
-
-def call_unguarded(function: Callable[..., Any], *args: Any) -> Any:
-    result = function(*args)
-    assert_unguarded()
-    return result
+if settings:
+    settings.register_profile("short", derandomize=True, max_examples=600, deadline=None, database=None)
+    settings.register_profile("long", settings.get_profile("short"), derandomize=False, max_examples=20_000)
+    settings.register_profile("quick", settings.get_profile("short"), max_examples=60)
+    settings.load_profile("short")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def guard() -> None:
-    """Switch the guard on in the tests' own process. Not at the top: the worker process imports this file too."""
+    """Switch the guard on in the tests' own process."""
     import peft_gradguard
 
     assert peft_gradguard.is_enabled()
+
+
+@pytest.fixture(autouse=True)
+def trainings_of_other_tests() -> Iterator[None]:
+    """What is to be said of this test's trainings, once they have ended, is not said in another test."""
+    yield
+    ended = sys.modules.get("peft_gradguard.troubles.ended")
+    if ended is not None:
+        ended._endings.clear()
+        ended._ended.clear()
 
 
 @pytest.fixture
@@ -71,9 +80,58 @@ def plain() -> Iterator[Callable[..., Any]]:
         yield lambda function, *args: pool.submit(call_unguarded, function, *args).result()
 
 
+@pytest.fixture
+def history() -> Iterator[None]:
+    """Keep the history of the trainings in this test."""
+    import peft_gradguard
+    from peft_gradguard.memory import counts
+
+    before = counts.history_is_kept()
+    peft_gradguard.keep_history()
+    yield
+    peft_gradguard.keep_history(before)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a saved adapter: a RoBERTa of three layers, the first one frozen."""
+    from scenarios import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    train("frozen layer", str(folder))
+    return folder
+
+
+@pytest.fixture
+def saved(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "saved"))
+
+
+@pytest.fixture
+def two(saved: Path) -> Path:
+    """A folder with the adapters "default" and "other", the same one twice."""
+    other = saved.parent / "other"
+    shutil.copytree(saved, other)
+    return Path(shutil.move(other, saved)).parent
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run ``peft-gradguard inspect`` in this process; give its status and what it has written."""
+    from peft_gradguard.cli.main import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main(["inspect", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
-    """Run a worker script of ``tests/stacks`` on two processes, once for all tests that look at its report."""
+    """Run a worker script of ``support/stacks`` on two processes, once for all tests that look at its report."""
     reports: dict[tuple[str, ...], list[dict[str, Any]] | AssertionError] = {}
 
     def get(script: str, mode: str, *arguments: str) -> list[dict[str, Any]]:

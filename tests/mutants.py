@@ -1,6 +1,6 @@
 """Mutation testing with cosmic-ray: does a test notice each small change of the package?
 
-``make mutants`` changes every file; ``python tests/mutants.py ranking.py autoload/sitecustomize.py`` some. ``make
+``make mutants`` changes every file; ``python tests/mutants.py rules/ranking.py settings.py`` some. ``make
 coverage`` comes first: it tells which tests run a line, and how long they take. A mutant gets the tests of its line,
 the quickest first. ``python tests/mutants.py --on`` goes on where it was interrupted.
 
@@ -42,24 +42,14 @@ QUICK = 25
 SLOW = 100
 """Seconds from which on a test is left out: a mutant that only it could notice counts as a survivor."""
 
-CORE = "test_parameters test_rules test_oracle test_exclusions test_late_calls test_overflow test_fused test_scenarios"
-START = "test_settings test_status test_command test_start test_autoload test_autoload_real"
-REPORT = "test_report_texts test_pictures test_report test_plots test_inspect test_callback"
-OUTSIDE = {
-    **dict.fromkeys(
-        ("settings", "cli", "__main__", "probe", "status", "sitecustomize", "_peft_gradguard_start"), START
-    ),
-    **dict.fromkeys(("hooks", "__init__", "errors"), f"{START} {CORE}"),
-    **dict.fromkeys(("reports", "audit", "advice", "importance", "counts", "sections", "tables", "layers"), REPORT),
-    **dict.fromkeys(("saved", "plots", "transformers"), REPORT),
-    "shards": f"test_fsdp {CORE}",
-    "zero": f"test_deepspeed {CORE}",
-    "late": f"test_late_calls {CORE}",
-    "walk": f"test_walk {CORE}",
-}
-"""The tests for lines that belong to no test, as they run at import; a file not named here has those of ``CORE``."""
+CORE = ("model", "late", "rules", "whole/test_oracle.py", "whole/test_scenarios.py")
+"""What shows most changes: rooms of the tests, and single files."""
+START = ("autoload", "cli")
+"""What shows how the guard comes in: the single files at the top of the package have these too."""
+OUTSIDE = (*START, "integrations", "report")
+"""Rooms of the package that no training goes through: their own tests alone see what changes there."""
 
-WHOLE = ("test_ddp", "test_deepspeed", "test_fsdp", "test_docs")
+WHOLE = ("stacks/test_ddp", "stacks/test_deepspeed", "stacks/test_fsdp", "test_docs")
 """Files whose tests share what was run once: a line that one of them runs has the whole file."""
 
 UNSEEN = ("TYPE_CHECKING", "strict=True", "CHUNK")
@@ -187,7 +177,7 @@ def tests_for(path: Path, before: str, which: str) -> list[str]:
     ran = contexts(str(path))
     chosen = [test for line in statement(before, changed) for test in ran.get(line, ())]
     if not chosen:
-        chosen = [f"tests/{name}.py" for name in OUTSIDE.get(path.stem, CORE).split()]
+        chosen = tests_beside(path)
     seconds = durations()
     quickest = sorted(dict.fromkeys(chosen), key=lambda test: seconds[test])
     together = accumulate(seconds[test] for test in quickest)
@@ -195,6 +185,18 @@ def tests_for(path: Path, before: str, which: str) -> list[str]:
     if which == "quick":
         return list(compress(quickest, quick))
     return [test for test, done in zip(quickest, quick, strict=True) if not done and seconds[test] < SLOW]
+
+
+def tests_beside(path: Path) -> list[str]:
+    """Return the test files for what runs at import, in no test: those of the room, and the core."""
+    room = path.parent.relative_to("peft_gradguard").as_posix()
+    places = [room] if room in OUTSIDE else [room, *(START if room == "." else ()), *CORE]
+    found = [file for place in places for file in files_in(Path("tests") / place)]
+    return list(dict.fromkeys(file.as_posix() for file in found))
+
+
+def files_in(place: Path) -> list[Path]:
+    return [place] if place.suffix else sorted(place.glob("test_*.py"))
 
 
 def statement(text: str, line: int) -> set[int]:
@@ -231,10 +233,11 @@ def contexts(path: str) -> dict[int, set[str]]:
 
 def as_test(context: str) -> str:
     """Turn coverage's name of a test, or pytest's with its parameters and phase, into one that selects it."""
-    found = re.match(r"tests/(\w+)\.py::(\w+)|(test_\w+)\.(\w+)", context)
+    found = re.match(r"tests/([\w/]+)\.py::(\w+)|tests\.([\w.]+)\.(test_\w+)$", context)
     if not found:
         return ""
     file, name = filter(None, found.groups())
+    file = file.replace(".", "/")
     return f"tests/{file}.py" if file in WHOLE else f"tests/{file}.py::{name}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
@@ -13,10 +14,19 @@ import pytest
 from run_docs import STACKS, blocks
 from scenarios import PEFT_VERSION
 
-from peft_gradguard import cli, settings
+import peft_gradguard
+from peft_gradguard import AdapterReport, HistoryPoint, ModuleReport, ParameterReport, settings
+from peft_gradguard.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "peft_gradguard"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAPERS = [*PAGES, *sorted(ROOT.glob("CONTRIBUTING.md")), *sorted((ROOT / "docs" / "decisions").glob("*.md"))]
+"""The pages for users, and those for who works on the project."""
+PLACES = [ROOT, PACKAGE, ROOT / "tests"]
+"""What the names of files are relative to."""
+ELSEWHERE = ("train.py", "sitecustomize.py", "usercustomize.py", "_peft_gradguard_start.py")
+"""Files of the user, and those at the top of site-packages."""
 OTHERS = [page for page in PAGES if page.name != STACKS]
 
 
@@ -26,7 +36,7 @@ def test_python_blocks_run(pages: list[Path], tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     environ = {**os.environ, "PYTHONPATH": path}
     environ.pop("PEFT_GRADGUARD", None)
-    command = [sys.executable, str(ROOT / "tests" / "run_docs.py"), *map(str, pages)]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "run_docs.py"), *map(str, pages)]
     found = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, (found.stdout + found.stderr)[-4000:]
     ran = re.findall(r"^(.+\.md), line (\d+)$", found.stdout, re.MULTILINE)
@@ -43,7 +53,7 @@ def assert_exists(command: list[str]) -> None:
         command = command[1:]
     name, *arguments = command
     if name == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(arguments) <= set(targets), command
     elif name == "peft-gradguard":
         # argparse ends the program where it does not know something.
@@ -51,31 +61,43 @@ def assert_exists(command: list[str]) -> None:
     elif name == "pip":
         extras = re.findall(r"\[(\w+)\]", " ".join(arguments))
         assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras), command
-    elif name == "python":
-        assert (ROOT / arguments[0]).exists() or arguments == ["train.py"], command
+    elif name in ("python", ".venv/bin/python"):
+        file = arguments[2 if arguments[:2] == ["-m", "pytest"] else 0].partition("::")[0]
+        assert (ROOT / file).exists() or arguments == ["train.py"], command
     else:
         assert command == ["torchrun", "train.py"], command
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAPERS, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
     for command in commands(page):
         assert_exists(command)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_named_commands_options_and_tests_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for command in re.findall(r"`(peft-gradguard (?:status|inspect) [^`]+|make [^`]+|pip [^`]+)`", text):
+@pytest.mark.parametrize("page", PAPERS, ids=lambda page: page.name)
+def test_named_commands_exist(page: Path) -> None:
+    for command in re.findall(r"`(peft-gradguard (?:status|inspect) [^`]+|make [^`]+|pip [^`]+)`", prose(page)):
         assert_exists(shlex.split(command.replace("...", "x")))
-    for test in re.findall(r"(tests/[\w/]+\.py)", text):
-        assert (ROOT / test).exists(), test
-    for module in re.findall(r"`((?:integrations/)?[a-z]+\.py)`", text):
-        own = ("train.py", "sitecustomize.py", "usercustomize.py")
-        assert module in own or (ROOT / "peft_gradguard" / module).exists(), module
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAPERS, ids=lambda page: page.name)
+def test_named_files_folders_and_tests_exist(page: Path) -> None:
+    named = [word for words in re.findall(r"`([^`]+)`", prose(page)) for word in words.split()]
+    for name in named:
+        file, _, test = name.partition("::")
+        if file in ELSEWHERE or not re.fullmatch(r"[\w./-]+(\.py|\.md|\.toml|/)", file):
+            continue
+        found = next((place / file for place in PLACES if (place / file).exists()), None)
+        assert found, name
+        assert not test or f"def {test}(" in found.read_text(encoding="utf-8"), name
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAPERS, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith(("https://", "http://")):
@@ -94,7 +116,24 @@ def anchors(page: Path) -> set[str]:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     readme = PAGES[0].read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == []
+    # index.md is the front page of `make docs`, as the README is here.
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == ["index.md"]
+
+
+def test_every_public_name_and_field_is_in_the_api_page() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").replace("\\|", "|")
+    classes = {name for name, value in vars(peft_gradguard).items() if isinstance(value, type)}
+    public = {*peft_gradguard.__all__, *classes}
+    assert {name for name in public if f"`{name}" not in page} == set()
+    for kind in (AdapterReport, HistoryPoint, ModuleReport, ParameterReport):
+        assert [f for f, a in kind.__annotations__.items() if f"`{f}: {a}`" not in page] == [], kind
+
+
+def test_signatures_in_the_api_page_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for function in (peft_gradguard.enable, peft_gradguard.report, peft_gradguard.keep_history, peft_gradguard.exclude):
+        signature = str(inspect.signature(function)).replace("'", "")
+        assert f"`{function.__name__}{signature}`" in page
 
 
 def test_the_picture_is_small() -> None:

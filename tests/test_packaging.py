@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from environments import (
+    CURRENT,
+    GUARDED_STEP,
     REPOSITORY,
     Environment,
     add_stand_ins,
@@ -20,7 +22,6 @@ from environments import (
     sdist,
     wheel,
 )
-from test_autoload_real import CURRENT, GUARDED_STEP
 
 if TYPE_CHECKING:
     from collections.abc import Callable

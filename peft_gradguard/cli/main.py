@@ -1,4 +1,4 @@
-"""The command ``peft-gradguard``: run a command under the guard, say whether it is on, or inspect a saved adapter.
+"""The command ``peft-gradguard``: run a command under the guard, say whether it is on, inspect a saved adapter.
 
 Imports neither the guard nor wrapt: ``status`` is there to say what is missing.
 """
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not command:
             parser.error("run: the command to run is missing")
         return run(command, guarded_environment(os.environ))
+    if options.action == "path":
+        print(AUTOLOAD)
+        return 0
     if options.action == "inspect":
         return inspect(options.path, options.adapter, options.plot, as_json=options.json)
     return status(as_json=options.json)
@@ -144,8 +147,12 @@ def _fail(message: str, status: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peft-gradguard", description=__doc__.partition("\n")[0] if __doc__ else None)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{run,status,inspect}")
+    parser = argparse.ArgumentParser(
+        prog="peft-gradguard",
+        description="Run a command with the guard on, say whether it is on, or show the ranks of a saved adapter.",
+    )
+    parser.add_argument("--version", action="version", version=f"peft-gradguard {_version()}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{run,status,path,inspect}")
     run = actions.add_parser(
         "run",
         help="run a command with the guard on in it and in all that it starts",
@@ -161,6 +168,12 @@ def _parser() -> argparse.ArgumentParser:
         "2 on but not applied.",
     )
     status.add_argument("--json", action="store_true", help="the same for programs, as one JSON object")
+    actions.add_parser(
+        "path",
+        help="print the folder for PYTHONPATH, where .pth files are not read",
+        description="Print the folder that holds a sitecustomize.py for PYTHONPATH, for where .pth files are not read: "
+        'PEFT_GRADGUARD=1 PYTHONPATH="$(peft-gradguard path)" python train.py',
+    )
     inspect = actions.add_parser(
         "inspect",
         help="show which ranks a saved adapter has kept, without its model",
@@ -172,3 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--plot", metavar="FILE", help="draw the ranks, as .png or .svg (needs matplotlib)")
     inspect.add_argument("--json", action="store_true", help="the same for programs, as one JSON object")
     return parser
+
+
+def _version() -> str:
+    """Return the version as the source says it. The package itself stands above this room."""
+    with open(os.path.join(os.path.dirname(AUTOLOAD), "__init__.py"), encoding="utf-8") as source:
+        return next(line.split('"')[1] for line in source if line.startswith("__version__"))

@@ -48,10 +48,10 @@ class LateCalls:
             self._kept = KeptGradients(parameters)
         return self._turn(found, never_scored=never_scored)
 
-    def scored(self, parameters: Sequence[AdaLoraParameter], *, lent: bool) -> None:
-        """After a call: it has used what was kept, or these parameters' own gradients."""
+    def scored(self, parameters: Sequence[AdaLoraParameter], *, own: bool) -> None:
+        """After a call: it has scored these parameters' own gradients, or else those that they were lent, or none."""
         if self._kept:
-            self._kept.start_anew(() if lent else parameters)
+            self._kept.start_anew(parameters if own else ())
             self._kept.follow(parameters)
 
     def take_up(self, order: Order, parameters: Sequence[AdaLoraParameter]) -> None:
@@ -80,7 +80,7 @@ class LateCalls:
         turned = verdict(self.order, found, stepped=kept.stepped, hopeless=hopeless)
         if turned.gives_up:
             # A loop may swallow the error and go on: what has happened before this call is no matter of the next.
-            kept.start_anew()
+            kept.start_anew(())
         else:
             self.order = turned.order
             kept.copies = turned.order.copies

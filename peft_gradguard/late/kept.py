@@ -41,8 +41,10 @@ class KeptGradients(StepListener):
         """Whether to keep copies, because ``zero_grad`` writes zeros."""
         self.stepped = False
         """Whether an optimizer that holds these parameters has stepped since the last call."""
-        self._came: set[int] = set()
-        """The parameters that a backward has reached since the last call."""
+        self._backward_came = False
+        """Whether a backward has come since the last call."""
+        self._fresh: set[int] = set()
+        """The parameters that a backward has reached since their gradients were last scored."""
         self._backward_is_seen = False
         """Whether any backward was ever seen: user code may write gradients by itself."""
         self._scored: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -65,13 +67,14 @@ class KeptGradients(StepListener):
 
     def step_was_left_out(self) -> bool:
         """Say whether, since the last call, gradients came but no optimizer used them: a ``GradScaler``'s overflow."""
-        return bool(self._came) and not self.stepped
+        return self._backward_came and not self.stepped
 
-    def start_anew(self, scored: Sequence[AdaLoraParameter] = ()) -> None:
+    def start_anew(self, scored: Sequence[AdaLoraParameter]) -> None:
         """After a call: let go of what is kept, and of what has happened; ``scored``: whose own gradients it scored."""
         self._kept = {}
-        self._came = set()
-        self.stepped = False
+        if scored:
+            self._fresh = set()
+        self._backward_came = self.stepped = False
         gradients = ((p.parameter, p.parameter.grad) for p in scored)
         self._scored = {id(p): weakref.ref(gradient) for p, gradient in gradients if gradient is not None}
 
@@ -95,9 +98,7 @@ class KeptGradients(StepListener):
 
     def close(self) -> None:
         """Keep nothing any more. The hooks on parameters stay, and do nothing: to take them out might disturb torch."""
-        self._kept = {}
-        self._came = set()
-        self._hooked = {}
+        self._kept, self._hooked = {}, {}
         listen_no_more(self)
 
     def before_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
@@ -127,7 +128,7 @@ class KeptGradients(StepListener):
     def _is_unscored(self, parameter: torch.nn.Parameter) -> bool:
         """Say whether no call has scored the gradient that this parameter has."""
         if self._backward_is_seen and id(parameter) in self._hooked:
-            return id(parameter) in self._came
+            return id(parameter) in self._fresh
         scored = self._scored.get(id(parameter))
         return scored is None or scored() is not parameter.grad
 
@@ -143,8 +144,8 @@ class KeptGradients(StepListener):
         self._kept[id(parameter)] = Kept(gradient, weakref.ref(source), version, _layout(parameter))
 
     def _note_backward(self, parameter_id: int) -> None:
-        self._backward_is_seen = True
-        self._came.add(parameter_id)
+        self._backward_is_seen = self._backward_came = True
+        self._fresh.add(parameter_id)
 
 
 class _Backward:

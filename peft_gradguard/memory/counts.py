@@ -183,7 +183,9 @@ class Counts:
     def _end_run(self) -> None:
         if self._run:
             for name, reason in self._reasons.items():
-                times = self._run - any(others.get(name, "") == reason for others in self._in_first)
+                times = self._run
+                if self._in_first and any(others.get(name, "") == reason for others in self._in_first):
+                    times -= 1
                 if not times:
                     continue
                 count = self._counts.setdefault(name, Count())

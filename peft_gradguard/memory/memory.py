@@ -44,6 +44,11 @@ class Memory:
         self.fills_scores: bool | None = None
         """Whether the last scoring has filled PEFT's scores: a subclass may keep others. None where not known."""
 
+    def let_go(self) -> None:
+        """Keep no gradient, and listen to no optimizer any more: the allocator is gone. Its training may be judged."""
+        self.late = LateCalls()
+        self.seen.listeners = {}
+
 
 _memories: dict[int, Memory] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..model.parameters import NO_GRADIENT
+from ..model.pattern import is_uncut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,10 +55,19 @@ class Seen:
             self.unreached += 1
             self._step = step
 
-    def is_own(self, pattern: Mapping[str, list[bool]], adapter: str) -> bool:
-        """Say whether this pattern is another one than the allocator came with."""
+    def own_pattern(
+        self, pattern: RankPattern | None, adapter: str, parameters: Sequence[AdaLoraParameter]
+    ) -> RankPattern:
+        """Return the pattern of this training, given that of the config: none where that came with the config.
+
+        PEFT writes a pattern into the user's config object, and the next training may be given the same. A loaded
+        adapter comes with its own pattern, and is cut to it.
+        """
+        if not pattern or self.came_with is None:
+            return pattern or {}
         # save_pretrained cuts the adapter's name out of the names.
-        return self.came_with is None or _short(pattern, adapter) != _short(self.came_with, adapter)
+        is_another = _short(pattern, adapter) == _short(self.came_with, adapter)
+        return {} if is_another and is_uncut(parameters, pattern, adapter) else pattern
 
 
 def has_gradient(name: str, reasons: Mapping[str, str | None], zeros: Sequence[str]) -> bool:

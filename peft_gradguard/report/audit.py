@@ -8,6 +8,8 @@ import torch
 
 from ..memory.counts import Count, Counts
 from ..memory.memory import known_memory
+from ..memory.seen import Seen
+from ..model.adapters import adapters_that_train
 from ..model.exclusions import mark_excluded
 from ..model.marks import is_dtensor, whole_shape
 from ..model.parameters import (
@@ -55,7 +57,7 @@ def _nothing_found(model: object) -> str:
 
 
 def _look(tuner: AdaLoraModel, adapter: str) -> Look:
-    allocator = getattr(tuner, "rankallocator", None)
+    allocator = vars(tuner).get("rankallocator")
     if allocator is not None and allocator.adapter_name != adapter:
         allocator = None
     memory = known_memory(allocator) if allocator is not None else None
@@ -64,6 +66,8 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
     if allocator is not None:
         parameters = mark_excluded(parameters)
     counts = memory.counts if memory else Counts()
+    seen = memory.seen if memory else Seen()
+    pattern = seen.own_pattern(config.rank_pattern, adapter, parameters)
     return Look(
         adapter,
         tuple(tuner.peft_config),
@@ -77,10 +81,19 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
             for name, module in tuner.model.named_modules()
             if hasattr(module, "lora_E") and adapter in getattr(module, "r", {})
         },
-        dict(pattern_by_full_name(parameters, config.rank_pattern or {}, adapter)),
+        dict(pattern_by_full_name(parameters, pattern, adapter)),
         modules_inside_modules_to_save({parameter.module for parameter in parameters}),
+        "rankallocator" not in vars(tuner),
+        [name for name in adapters_that_train(tuner.model) if _is_for_training(tuner, name)],
+        seen,
         counts.warming_up((p.name for p in parameters if p.factor == "E"), config.tinit or 0),
     )
+
+
+def _is_for_training(tuner: AdaLoraModel, adapter: str) -> bool:
+    """Say whether somebody wants this adapter trained: one for inference is trainable too while it is active."""
+    config: Any = tuner.peft_config.get(adapter)
+    return config is not None and not config.inference_mode
 
 
 def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
@@ -106,14 +119,34 @@ def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
         modules=modules,
         advice=advice(look, modules),
         history=tuple(look.counts.history),
+        final_step=_final_step(look),
+        final=_final(look),
     )
+
+
+def _final_step(look: Look) -> int | None:
+    total: int | None = look.config.total_step
+    return None if look.allocator is None or total is None else total - look.config.tfinal
+
+
+def _final(look: Look) -> bool | None:
+    step, final_step = look.counts.step, _final_step(look)
+    if step is None or final_step is None or look.allocator is None:
+        return None
+    if step >= final_step:
+        return True
+    # PEFT forgets the scores when it settles the ranks, and the guard may have been off then; or they were never kept.
+    forgotten = not look.allocator.exp_avg_ipt and any(count.scored for count in look.counts.of_each().values())
+    return None if forgotten else False
 
 
 def _ranked(look: Look) -> set[str]:
     """Return the modules in the budget; before training, those that will be if all that trains gets gradients."""
     scored: Any = look.allocator.exp_avg_ipt if look.allocator is not None else {}
-    if scored:
-        return {triplet.E.module for triplet in ranked_triplets(look.parameters, scored, look.warming_up)}
+    ranked = {triplet.E.module for triplet in ranked_triplets(look.parameters, scored, look.warming_up)}
+    # Without the guard a call fails at the first parameter without a gradient, and leaves scores for a few.
+    if ranked or (scored and look.called):
+        return ranked
     if look.called or look.pattern or look.allocator is None:
         # PEFT has forgotten the scores at its finalising step, or the adapter was loaded.
         return {parameter.module for parameter in look.parameters if parameter.name in look.pattern}

@@ -1,6 +1,7 @@
 """What a report says: plain data classes, of a model (``audit.py``) or of a saved adapter (``saved.py``).
 
-They hold no tensor and no model. How a report reads is in ``tables.py``, how it looks in ``plots.py``.
+They hold no tensor and no model. None stands for what is not known: a file does not tell what was trained or when.
+How a report reads is in ``sections.py`` and ``tables.py``, how it looks in ``plots.py``.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ class ParameterReport:
     factor: Factor
     shape: tuple[int, ...]
     """A is (r, in_features), B (out_features, r), E (r, 1); empty where only a flat piece is at hand (FSDP)."""
-    trainable: bool
+    trainable: bool | None
+    """Whether its ``requires_grad`` is True; None for a saved adapter."""
     inside_modules_to_save: bool
-    steps_scored: int = 0
-    steps_skipped: dict[SkipReason, int] = dataclasses.field(default_factory=dict)
-    """How many steps it was left out of, by reason; reasons that never occurred are absent."""
+    steps_scored: int | None = 0
+    """How many steps it was scored in while the guard was on; None for a saved adapter."""
+    steps_skipped: dict[SkipReason, int] | None = dataclasses.field(default_factory=dict)
+    """How many steps it was left out of, by reason; reasons that never occurred are absent. None: as above."""
     first_step: int | None = None
     """The first step at which it was scored, or None."""
     last_step: int | None = None
     """The last step at which it was scored, or None."""
-    excluded: bool = False
-    """Whether the user has excluded it (``peft_gradguard.exclude``)."""
+    excluded: bool | None = False
+    """Whether the user has excluded it (``peft_gradguard.exclude``); None for a saved adapter."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class ModuleReport:
     """How many ranks the module was given (``init_r``, or its entry in a pattern loaded with it)."""
     rank_kept: int
     """How many of them are not pruned."""
-    ranked: bool
-    """Whether it takes part in the budget."""
+    ranked: bool | None
+    """Whether it takes part in the budget; None for an adapter that was saved before its first pruning."""
     reason: SkipReason | None
     """Why it is not ranked, or why parts of it are skipped most often; None where nothing was ever skipped."""
     importance: float | None
@@ -86,8 +89,8 @@ class AdapterReport:
     """Ranks that the ranked triplets may keep now (``RankAllocator.budget_schedule``), or None where not known."""
     target_budget: int | None
     """Ranks that they keep in the end (``RankAllocator.target_bgt``)."""
-    unranked_ranks: int
-    """Ranks that are not under the budget, because their triplets are not ranked."""
+    unranked_ranks: int | None
+    """Ranks that are not under the budget, because their triplets are not ranked; None where that is not known."""
     modules: tuple[ModuleReport, ...]
     """In the model's order."""
     advice: tuple[str, ...] = ()
@@ -96,3 +99,7 @@ class AdapterReport:
     """One point an allocator step up to the finalising one, where asked for (``peft_gradguard.keep_history``)."""
     saved: bool = False
     """Whether it was read from a saved adapter, which tells ranks and shapes, and not what was trained or when."""
+    final_step: int | None = None
+    """The step at which AdaLoRA settles the ranks for good (``total_step - tfinal``), or None where not known."""
+    final: bool | None = None
+    """Whether that has happened, so that the ranks change no more; None before training, or where not known."""

@@ -12,6 +12,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .layers import places, short_labels
+from .sections import moment, others, sharing
 
 try:
     from matplotlib import colormaps, rc_context
@@ -207,7 +208,7 @@ def _shortened(label: str) -> str:
 
 def _hatches(modules: Iterable[ModuleReport]) -> dict[SkipReason | None, str]:
     """Return a hatch for each reason that keeps modules from being ranked, the known ones first."""
-    reasons = {module.reason for module in modules if not module.ranked}
+    reasons = {module.reason for module in modules if module.ranked is False}
     known = [reason for reason in HATCHES if reason in reasons]
     unknown = sorted(reasons.difference(known), key=str)
     return {
@@ -228,7 +229,7 @@ def _draw_cell(
     ink = _ink(colour)
     # Not (ink, 0.6): matplotlib before 3.8 does not know a colour by such a pair.
     faint = to_rgba(ink, 0.6)
-    hatch = None if module.ranked else hatches[module.reason]
+    hatch = hatches[module.reason] if module.ranked is False else None
     left, bottom, right, top = x - HALF, y - HALF, x + HALF, y + HALF
     axes.add_patch(
         Rectangle((left, bottom), 2 * HALF, 2 * HALF, facecolor=colour, edgecolor=faint, hatch=hatch, linewidth=0)
@@ -253,8 +254,11 @@ def _label_grid(axes: Axes, grid: Grid, width: float, height: float) -> None:
     axes.set_ylim(-0.5, max(grid.rows.values()) + 0.5)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8)
-    axes.set_xlabel("layer", size=8)
     labels = {layer: "none" if layer is None else str(layer) for layer in grid.columns}
+    if list(grid.columns) == [None]:
+        labels = {None: ""}
+    else:
+        axes.set_xlabel("layer", size=8)
     _ticks(axes.set_xticks, grid.columns, labels, every=math.ceil(0.22 / width))
     _ticks(axes.set_yticks, grid.rows, row_labels(grid.rows), every=math.ceil(0.12 / height))
 
@@ -292,11 +296,18 @@ def _draw_legend(axes: Axes, modules: Iterable[ModuleReport], hatches: dict[Skip
 def _title(adapter: AdapterReport) -> str:
     kept = sum(module.rank_kept for module in adapter.modules)
     started = sum(module.rank_started for module in adapter.modules)
-    lines = [f"adapter {adapter.adapter!r}: {kept} of {started} ranks kept"]
-    notes = [] if adapter.step is None else [f"step {adapter.step}"]
-    notes += [] if adapter.budget is None else [f"budget {adapter.budget}"]
-    notes += [f"{adapter.unranked_ranks} not under it"] if adapter.budget is not None and adapter.unranked_ranks else []
-    return "\n".join(filter(None, [*lines, ", ".join(notes)]))
+    share = sharing(adapter) if adapter.budget is not None else ""
+    return "\n".join(
+        filter(
+            None,
+            [
+                f"adapter {adapter.adapter!r}: {kept} of {started} ranks kept",
+                moment(adapter),
+                share and f"{share} {adapter.budget}",
+                share and others(adapter),
+            ],
+        )
+    )
 
 
 def _figure() -> Figure:

@@ -1,4 +1,14 @@
-"""What ``peft_gradguard.report`` returns."""
+"""What ``peft_gradguard.report`` returns: which parameters train and are scored, which are left out and why, the ranks.
+
+What a report promises:
+
+- It is plain data, a picture of one moment: no tensor and no model in it, and nothing in it changes later.
+- Asking for it changes nothing and needs no other process.
+- What it cannot know is None, and is said in words: steps are counted only while the guard is on, and a saved adapter
+  does not tell what was trained.
+- It reads as text in terminals from 32 to 160 columns, as HTML in light and dark pages, as JSON for programs, and as
+  pictures where matplotlib is installed.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +46,7 @@ class Report:
         return json.dumps({"adapters": adapters}, indent=indent)
 
     def __str__(self) -> str:
-        """Return the report as a table of at most 80 columns."""
+        """Return the report as tables, as wide as the terminal (at most 160 columns; 80 where there is none)."""
         return text(self.adapters)
 
     def _repr_html_(self) -> str:
@@ -44,6 +54,8 @@ class Report:
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, adapter: str | None = None) -> Axes:
         """Draw the ranks kept, layers across and kinds of matrix up, and return the ``Axes``.
+
+        What is in no layer, such as the experts of a model without layers, stands in a column of its own.
 
         Needs the extra ``plot`` (matplotlib). ``path``: write it there too, as PNG or SVG by the file's ending.
         ``adapter`` may be left out where there is only one. This is figure 3 of the AdaLoRA paper.

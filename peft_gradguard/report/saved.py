@@ -52,7 +52,7 @@ def read(path: str | os.PathLike[str], adapter: str | None = None) -> Report:
     """Return the report of the AdaLoRA adapters that ``save_pretrained`` left in this folder.
 
     ``adapter``: only this one. Of what a report holds the files tell the shapes, the ranks started with and kept, and
-    what is not ranked; the rest is empty. ``SavedAdapterError`` where the folder, or one of the adapters asked for, is
+    what is not ranked; the rest is None. ``SavedAdapterError`` where the folder, or one of the adapters asked for, is
     not what it should be.
     """
     report, damaged = read_undamaged(path, adapter)
@@ -137,11 +137,11 @@ def _adapter(folder: Path, name: str) -> AdapterReport:
                 name=module,
                 rank_started=started,
                 rank_kept=kept,
-                ranked=flags is not None,
+                # Before the first pruning no pattern tells. What is inside modules_to_save is never ranked.
+                ranked=flags is not None if pattern or inside else None,
                 reason=INSIDE_MODULES_TO_SAVE if inside else None,
                 importance=None,
-                # The files do not tell what was trainable. What is saved inactive (inference_mode) can be trained on.
-                parameters=tuple(ParameterReport(p.name, p.factor, p.shape, True, inside) for p in parts),
+                parameters=tuple(_parameter(part, inside) for part in parts),
             )
         )
     missing = [module for module in pattern if module not in {m.name for m in modules}]
@@ -157,10 +157,24 @@ def _adapter(folder: Path, name: str) -> AdapterReport:
         init_budget=sum(module.rank_started for module in ranked) if ranked else None,
         budget=None,
         target_budget=config["target_r"] * len(ranked) if ranked and "target_r" in config else None,
-        unranked_ranks=sum(module.rank_kept for module in modules if not module.ranked),
+        unranked_ranks=sum(module.rank_kept for module in modules if not module.ranked) if pattern else None,
         modules=tuple(modules),
         advice=tuple(advice),
         saved=True,
+    )
+
+
+def _parameter(part: Tensor, inside: bool) -> ParameterReport:
+    """Leave None what the files do not tell; inference_mode is no sign, as what is saved with it can be trained on."""
+    return ParameterReport(
+        part.name,
+        part.factor,
+        part.shape,
+        trainable=None,
+        inside_modules_to_save=inside,
+        steps_scored=None,
+        steps_skipped=None,
+        excluded=None,
     )
 
 

@@ -36,45 +36,78 @@ class Left(NamedTuple):
     """Parameters of one kind that are left out for the same reason."""
 
     kind: str
-    ranked: bool
+    ranked: bool | None
     factors: str
     reason: SkipReason
 
 
+def moment(adapter: AdapterReport) -> str:
+    """Return when the report was made, as far as known: ``step 20``, ``ranks final since step 320`` or nothing."""
+    if adapter.step is None:
+        return ""
+    return f"ranks final since step {adapter.final_step}" if adapter.final else f"step {adapter.step}"
+
+
+def sharing(adapter: AdapterReport) -> str:
+    """Return ``17 modules share a budget of``, which a number of ranks follows; nothing where none is ranked."""
+    ranked = sum(bool(module.ranked) for module in adapter.modules)
+    return f"{_number(ranked, 'module')} {'has' if ranked == 1 else 'share'} a budget of" if ranked else ""
+
+
+def others(adapter: AdapterReport) -> str:
+    """Return ``3 others keep their 24``: the ranks that are not under the budget; nothing where there are none."""
+    count = sum(module.ranked is False for module in adapter.modules)
+    if not (count and adapter.unranked_ranks):
+        return ""
+    return f"{_number(count, 'other')} {'keeps its' if count == 1 else 'keep their'} {adapter.unranked_ranks}"
+
+
 def summary(adapter: AdapterReport) -> list[str]:
-    """Return the facts about the whole, a short line each."""
+    """Return the facts about the whole, one sentence each."""
     modules = adapter.modules
-    ranked = [module for module in modules if module.ranked]
     parameters = [parameter for module in modules for parameter in module.parameters]
-    trainable = sum(parameter.trainable for parameter in parameters)
+    trainable = sum(bool(parameter.trainable) for parameter in parameters)
     started, kept = (sum(getattr(module, field) for module in modules) for field in ("rank_started", "rank_kept"))
-    counted = f"{_number(len(modules), 'module')}, {_number(len(parameters), 'AdaLoRA parameter')}"
+    counted = f"{_number(len(modules), 'module')} with {_number(len(parameters), 'AdaLoRA parameter')}"
     if not adapter.saved:
-        counted += f", {'none' if not trainable else 'all' if trainable == len(parameters) else trainable} trainable"
+        every = "none" if not trainable else "all" if trainable == len(parameters) else f"{trainable} of them"
+        counted += f", {every} trainable"
     lines = [counted, f"{kept} of {_number(started, 'rank')} kept"]
+    if adapter.init_budget is not None:
+        lines.append(_budget(adapter))
     if adapter.saved:
-        if ranked and adapter.unranked_ranks:
-            others = _number(len(modules) - len(ranked), "module")
-            lines.append(f"{adapter.unranked_ranks} of them in {others} not ranked")
-    elif adapter.init_budget is not None:
-        now = "?" if adapter.budget is None else adapter.budget
-        if not ranked:
-            return [*lines, "nothing is ranked, so nothing is pruned", _scored(adapter, parameters)]
-        rows = sum(module.rows for module in ranked)
-        loaded = not has_begun(adapter) and rows < sum(module.rank_started for module in ranked)
-        only = f", which have only {_number(rows, 'rank')}" if loaded else ""
+        return lines
+    if adapter.init_budget is None:
+        return [*lines, "not trained here: it has no rank allocator"]
+    if adapter.final is False and sharing(adapter):
         lines.append(
-            f"budget of the {len(ranked)} ranked{only}: "
-            f"{adapter.init_budget} at the start, {now} now, {adapter.target_budget} in the end"
+            f"the ranks are not final: AdaLoRA settles them at step {adapter.final_step} (total_step - tfinal), and "
+            f"the last step it saw is {adapter.step}; a training that ends here keeps these ranks"
         )
-        if adapter.unranked_ranks:
-            others = _number(len(modules) - len(ranked), "module")
-            ranks = _number(adapter.unranked_ranks, "rank")
-            lines.append(f"{ranks} of {others} not ranked {'comes' if adapter.unranked_ranks == 1 else 'come'} on top")
-        lines.append(_scored(adapter, parameters))
+    return [*lines, _scored(adapter, parameters)]
+
+
+def _budget(adapter: AdapterReport) -> str:
+    init, now, target = adapter.init_budget, adapter.budget, adapter.target_budget
+    assert init is not None
+    if not sharing(adapter):
+        return "no module is ranked, so no rank is pruned"
+    end = "" if target is None else f", {target} in the end"
+    if adapter.saved:
+        ranks = f"{_number(init, 'rank')} at the start{end}"
+    elif now is None:
+        ranks = f"{_number(init, 'rank')} at the start{end} (how many now is not known)"
+    elif now == init:
+        ranks = f"{_number(init, 'rank')}{end}"
+    elif now == target:
+        ranks = f"{_number(now, 'rank')}, {init} at the start"
     else:
-        lines.append("not trained here: it has no rank allocator")
-    return lines
+        ranks = f"{_number(init, 'rank')} at the start, {now} now{end}"
+    ranked = [module for module in adapter.modules if module.ranked]
+    rows = sum(module.rows for module in ranked)
+    if not has_begun(adapter) and rows < sum(module.rank_started for module in ranked):
+        ranks += f", but {'has' if len(ranked) == 1 else 'have'} only {rows}"
+    return "; ".join(filter(None, [f"{sharing(adapter)} {ranks}", others(adapter)]))
 
 
 def sections(adapter: AdapterReport) -> list[Section]:
@@ -118,20 +151,22 @@ def _number(count: int, thing: str) -> str:
 
 def _scored(adapter: AdapterReport, parameters: Sequence[ParameterReport]) -> str:
     if not has_begun(adapter):
-        return "nothing scored yet"
+        return "no parameter was scored yet"
     if trained(adapter.modules) and not _counted(adapter):
-        return "parameters scored: not counted, for the guard was off"
+        return "how often parameters were scored is not known: the guard was off"
     always = [p for p in parameters if p.steps_scored and not p.steps_skipped]
     never = [p for p in parameters if not p.steps_scored]
     sometimes = len(parameters) - len(always) - len(never)
-    words = ((always, "at every step"), (never, "never"))
     if len(never) == len(parameters):
         return "no parameter was ever scored"
-    parts = [f"{len(which)} {word}" for which, word in words if which]
-    if sometimes:
-        parts.insert(1 if always else 0, f"{sometimes} at times")
+    reasons = {reason for p in never for reason in p.steps_skipped or ()}
+    why = f" ({', '.join(reasons)})" if len(reasons) == 1 else ""
+    counts = ((len(always), "at every step"), (sometimes, "at some steps"), (len(never), f"never{why}"))
+    (first, often), *rest = [(count, words) for count, words in counts if count]
+    parts = [f"{_number(first, 'parameter')} {'was' if first == 1 else 'were'} scored {often}"]
+    parts += [f"{count} {words}" for count, words in rest]
     steps = [p.last_step for p in parameters if p.last_step is not None]
-    return f"parameters scored: {', '.join(parts)}" + (f"; last at step {max(steps)}" if steps else "")
+    return ", ".join(parts) + (f"; the last scoring was at step {max(steps)}" if steps else "")
 
 
 class _Kinds:
@@ -174,10 +209,10 @@ def _left_out(adapter: AdapterReport, kinds: _Kinds) -> list[Section]:
             group = Left(kinds.of[module.name], module.ranked, factors, reason)
             groups.setdefault(group, []).append((module, parameters))
     return [
-        _left_section(title, begun, kinds, {left: found for left, found in groups.items() if left.ranked == ranked})
+        _left_section(title, begun, kinds, {left: found for left, found in groups.items() if left.ranked is ranked})
         for ranked, title in (
-            (False, "Not ranked: these keep their full rank" if begun else "Will not be ranked, and keep their rank"),
-            (True, "Ranked, but left out of scoring in part or at times" if begun else "Ranked, but scored in part"),
+            (False, f"{'Not' if begun else 'Will not be'} ranked: these keep their full rank"),
+            (True, f"{'Ranked' if begun else 'Will be ranked'}, but some parts are not always scored"),
         )
     ]
 
@@ -203,7 +238,7 @@ def _left_section(
         for row in sorted(labels, key=lambda row: -shares[row])
         for label in (labels[row] if len(every) < 2 or set(labels[row]) != every else [f"all {len(every)} kinds"])
     ]
-    head = ("module", "layers", "part", "why", *(["left out"] if begun else []))
+    head = ("kind", "layers", "part", "why", *(["steps left out"] if begun else []))
     more = len(rows) - MANY_ROWS
     return Section(title, head, tuple(rows[:MANY_ROWS]), _more(more, "such group"))
 
@@ -214,11 +249,14 @@ def _reasons(module: ModuleReport, begun: bool) -> dict[SkipReason, list[Paramet
         return {module.reason: list(module.parameters)}
     found: dict[SkipReason, list[ParameterReport]] = {}
     for parameter in module.parameters:
-        for reason in parameter.steps_skipped:
+        skipped = parameter.steps_skipped or {}
+        for reason in skipped:
             found.setdefault(reason, []).append(parameter)
-        now: SkipReason | None = "excluded" if parameter.excluded else None if parameter.trainable else "frozen"
+        now: SkipReason | None = (
+            "excluded" if parameter.excluded else "frozen" if parameter.trainable is False else None
+        )
         # What is frozen now was left out of nothing yet, but may be why the module is not ranked.
-        if now and now not in parameter.steps_skipped and not (begun and module.ranked):
+        if now and now not in skipped and not (begun and module.ranked):
             found.setdefault(now, []).append(parameter)
     if not module.ranked and module.reason and not found:
         found[module.reason] = list(module.parameters)
@@ -227,8 +265,8 @@ def _reasons(module: ModuleReport, begun: bool) -> dict[SkipReason, list[Paramet
 
 def _times(reason: SkipReason, parameters: Sequence[ParameterReport]) -> tuple[str, float]:
     """Return ``3 to 5 of 20``, and the largest share."""
-    skipped = [parameter.steps_skipped.get(reason, 0) for parameter in parameters]
-    steps = [parameter.steps_scored + sum(parameter.steps_skipped.values()) for parameter in parameters]
+    skipped = [(parameter.steps_skipped or {}).get(reason, 0) for parameter in parameters]
+    steps = [(p.steps_scored or 0) + sum((p.steps_skipped or {}).values()) for p in parameters]
     if not any(steps) or reason == "warming up":
         return "", 0.0
     share = max(some / max(every, 1) for some, every in zip(skipped, steps, strict=True))
@@ -251,7 +289,7 @@ def _by_kind(adapter: AdapterReport, kinds: _Kinds) -> Section:
         else:
             row += [_shapes(modules, "A"), _shapes(modules, "B"), _trainable(modules)]
         rows.append(tuple(row))
-    head = ["module", "layers", "count"]
+    head = ["kind", "layers", "modules"]
     if has_begun(adapter) or adapter.init_budget is None:
         head += ["ranks kept", *(["importance"] if important else [])]
     else:
@@ -271,22 +309,21 @@ def _shapes(modules: Sequence[ModuleReport], factor: str) -> str:
 
 def _trainable(modules: Sequence[ModuleReport]) -> str:
     parameters = [parameter for module in modules for parameter in module.parameters]
-    count = sum(parameter.trainable for parameter in parameters)
-    return "none" if not count else "all" if count == len(parameters) else f"{count} of {len(parameters)}"
+    count = sum(bool(parameter.trainable) for parameter in parameters)
+    return "none" if not count else "all" if count == len(parameters) else f"{count} of {len(parameters)} parameters"
 
 
 def _no_rank_left(adapter: AdapterReport, kinds: _Kinds) -> Section:
-    """Return the modules that are as they were before training: all their ranks are pruned."""
-    empty: dict[str, list[ModuleReport]] = {}
+    """Return the modules that are as the base model has them: all their ranks are pruned."""
+    empty: dict[str, list[int | None]] = {}
     for module in adapter.modules:
         if not module.rank_kept:
-            empty.setdefault(kinds.of[module.name], []).append(module)
-    rows = [
-        (kinds.label(kind, modules), ranges(kinds.layer[module.name] for module in modules), str(len(modules)))
-        for kind, modules in empty.items()
-    ]
-    title = "No rank left: these are not adapted any more"
-    return Section(title, ("module", "layers", "count"), tuple(rows[:MANY_ROWS]), _more(len(rows) - MANY_ROWS, "kind"))
+            empty.setdefault(kinds.one_by_one[module.name], []).append(kinds.layer[module.name])
+    rows = [(label, ranges(layers), str(len(layers))) for label, layers in empty.items()]
+    ended = adapter.final or adapter.saved or adapter.init_budget is None
+    title = f"{'Ended with no rank' if ended else 'No rank left'}: these are as in the base model"
+    more = _more(len(rows) - MANY_ROWS, "kind")
+    return Section(title, ("kind", "layers", "modules"), tuple(rows[:MANY_ROWS]), more)
 
 
 def _by_layer(adapter: AdapterReport, kinds: _Kinds) -> list[Section]:
@@ -308,7 +345,7 @@ def _by_layer(adapter: AdapterReport, kinds: _Kinds) -> list[Section]:
     return [
         Section("Ranks kept, by layer", ("layer", *map(str, layers)), tuple(rows[:MANY_ROWS]), _more(more, "kind")),
         Section(
-            "Ranks kept, elsewhere",
+            "Ranks kept, outside of layers",
             ("module", "ranks kept"),
             tuple(alone[:MANY_ROWS]),
             _more(len(alone) - MANY_ROWS, "module"),

@@ -1,4 +1,4 @@
-"""How a report reads: in a terminal of 80 columns or less, and in a notebook."""
+"""How a report reads: in a terminal, narrow or wide, and as HTML in a notebook or a page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import textwrap
 from html import escape
 from typing import TYPE_CHECKING
 
-from .sections import sections, summary
+from .sections import moment, sections, summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,21 +15,43 @@ if TYPE_CHECKING:
     from .facts import AdapterReport
     from .sections import Section
 
-WIDEST = 80
-NARROWEST = 32
+WIDEST, NARROWEST = 160, 32
+USUAL = 80
+"""Columns, where there is no terminal to ask."""
+PROSE = 100
+"""Columns that sentences take at most: longer lines are hard to read."""
 GAP = 2
+
+LINE = "1px solid rgba(128, 128, 128, 0.4)"
+"""A grey that shows on white and on black. No other colour is set: all else is the notebook's or the page's."""
+STYLES = {
+    "div": "font-family: system-ui, sans-serif; font-size: 0.9rem; line-height: 1.5",
+    "h4": "margin: 1.2em 0 0.5em; font-size: 1.15em",
+    "p": "margin: 0.5em 0",
+    "ul": "margin: 0.5em 0; padding-left: 1.5em",
+    "table": "border-collapse: collapse; margin: 1em 0; font-size: inherit",
+    "caption": "caption-side: top; padding: 0.2em 0; text-align: left; white-space: nowrap; font-weight: 600; "
+    "color: inherit",
+    "th": f"padding: 0.2em 1.2em 0.2em 0; text-align: left; white-space: nowrap; border-bottom: {LINE}",
+    "td": f"padding: 0.2em 1.2em 0.2em 0; text-align: left; border-bottom: {LINE}",
+}
+"""Inline, as a notebook's or a page's own style must not be touched."""
 
 
 def text(adapters: Sequence[AdapterReport]) -> str:
-    """Return the report as plain text, as wide as the terminal (or ``COLUMNS``) and at most 80 columns."""
-    width = max(min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST), NARROWEST)
+    """Return the report as plain text, as wide as the terminal (or ``COLUMNS``), 80 columns where there is none.
+
+    At most 160: wider tables would be hard to follow, and more layers go beneath.
+    """
+    width = max(min(shutil.get_terminal_size((USUAL, 24)).columns, WIDEST), NARROWEST)
     blocks = [block for adapter in adapters for block in _adapter_text(adapter, width)]
     return "\n\n".join(blocks) if blocks else "AdaLoRA: no adapter"
 
 
 def html(adapters: Sequence[AdapterReport]) -> str:
-    """Return the report as a fragment of HTML."""
-    return "\n".join(line for adapter in adapters for line in _adapter_html(adapter)) or "<p>AdaLoRA: no adapter</p>"
+    """Return the report as a fragment of HTML, with styles of its own that fit light and dark pages."""
+    lines = [line for adapter in adapters for line in _adapter_html(adapter)] or [_tag("p", "AdaLoRA: no adapter")]
+    return "\n".join([f'<div style="{STYLES["div"]}">', *lines, "</div>"])
 
 
 def shortened(label: str, width: int, front: float = 1 / 3) -> str:
@@ -57,8 +79,7 @@ def told_apart(labels: Sequence[str], width: int) -> dict[str, str]:
 
 
 def _title(adapter: AdapterReport) -> str:
-    step = "" if adapter.step is None else f", step {adapter.step}"
-    return f"AdaLoRA adapter {adapter.adapter!r}{step}"
+    return ", ".join(filter(None, [f"AdaLoRA adapter {adapter.adapter!r}", moment(adapter)]))
 
 
 def _adapter_text(adapter: AdapterReport, width: int) -> list[str]:
@@ -72,6 +93,7 @@ def _adapter_text(adapter: AdapterReport, width: int) -> list[str]:
 
 
 def _wrapped(line: str, width: int, indent: str, bullet: str = "") -> str:
+    width = min(width, PROSE)
     # Names can be longer than any line.
     room = width - len(indent) - 2
     words = " ".join(shortened(word, room) for word in line.split())
@@ -126,18 +148,25 @@ def _matrix(section: Section, width: int) -> list[str]:
 
 
 def _adapter_html(adapter: AdapterReport) -> list[str]:
-    lines = [f"<h4>{escape(_title(adapter))}</h4>", f"<p>{'<br>'.join(map(escape, summary(adapter)))}</p>"]
+    lines = [_tag("h4", escape(_title(adapter))), _tag("p", "<br>".join(map(escape, summary(adapter))))]
     if adapter.advice:
-        lines.append(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in adapter.advice)}</ul>")
+        lines.append(_tag("ul", "".join(f"<li>{escape(line)}</li>" for line in adapter.advice)))
     for section in sections(adapter):
-        lines.append(f"<table><caption>{escape(section.title)}</caption>")
+        # A table that is wider than the page scrolls by itself.
+        lines.append('<div style="overflow-x: auto">')
+        lines.append(f'<table style="{STYLES["table"]}">{_tag("caption", escape(section.title))}')
         lines.append(_row_html("th", section.head))
         lines += [_row_html("td", row) for row in section.rows]
         lines.append("</table>")
+        lines.append("</div>")
         if section.note:
-            lines.append(f"<p>{escape(section.note)}</p>")
+            lines.append(_tag("p", escape(section.note)))
     return lines
 
 
 def _row_html(tag: str, cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+    return f"<tr>{''.join(_tag(tag, escape(cell)) for cell in cells)}</tr>"
+
+
+def _tag(tag: str, inside: str) -> str:
+    return f'<{tag} style="{STYLES[tag]}">{inside}</{tag}>'

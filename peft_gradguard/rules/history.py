@@ -27,8 +27,9 @@ def note_step(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> 
 
 def _total_rank(call: AllocatorCall, pattern: RankPattern | None) -> int:
     """Count ranks by the last pattern; what it does not name has its full rank."""
-    in_force = pattern or call.allocator.peft_config.rank_pattern or {}
-    known = dict(pattern_by_full_name(call.parameters, in_force, call.allocator.adapter_name))
+    config, adapter = call.allocator.peft_config, call.allocator.adapter_name
+    in_force = pattern or call.memory.seen.own_pattern(config.rank_pattern, adapter, call.parameters)
+    known = dict(pattern_by_full_name(call.parameters, in_force, adapter))
     return sum(
         sum(known[parameter.name]) if parameter.name in known else parameter.parameter.size(0)
         for parameter in call.parameters

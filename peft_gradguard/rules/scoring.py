@@ -49,7 +49,7 @@ def scoring(call: AllocatorCall) -> Iterator[bool]:
         memory.scorings += bool(call.usable)
         memory.seen.note_scoring(call.step, call.parameters, gradients)
         call.gradients = gradients
-    memory.late.scored(call.parameters, lent=gradients.lent)
+    memory.late.scored(call.parameters, own=gradients.came and not gradients.lent)
 
 
 @contextmanager

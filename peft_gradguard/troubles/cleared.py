@@ -6,8 +6,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from ..late.optimizers import StepListener, listen, listen_no_more
-from ..memory.seen import has_gradient
 from ..model.gradients import magnitudes
+from ..model.parameters import NO_GRADIENT
 
 if TYPE_CHECKING:
     import torch
@@ -81,10 +81,10 @@ def _was_never_seen(call: AllocatorCall, parameter: AdaLoraParameter, gradients:
     name = parameter.name
     if parameter.shard is not None or parameter.excluded or not parameter.parameter.requires_grad:
         return False
-    if has_gradient(name, gradients.reasons, gradients.zeros):
-        return False
-    score = call.scored.get(name)
-    return score is None or (name in gradients.zeros and not bool(score.any()))
+    if gradients.reasons[name] == NO_GRADIENT:
+        return name not in call.scored
+    # Those of A and B may well be zero, as long as E is.
+    return name in gradients.zeros and parameter.factor == "E" and not bool(call.scored[name].any())
 
 
 def _say(call: AllocatorCall, names: list[str]) -> None:

@@ -77,6 +77,7 @@ def living() -> list[Ending]:
 def _end(allocator_id: int) -> None:
     for ending in _endings.pop(allocator_id, ()):
         ending.ended = True
+        ending.memory.let_go()
         _ended.append(ending)
 
 

@@ -76,12 +76,16 @@ class _Early(Ending):
             self.memory.said.warn_once("stopped early", "%s", words)
 
 
+ENOUGH = 5
+"""The steps of a training; fewer are a trial."""
+
+
 def stopped_early(memory: Memory) -> str | None:
     """Return what to say of a training whose last call came before the finalising step, if it is over."""
     step, final = memory.counts.step, memory.seen.final_step
     if memory.seen.settled or step is None or final is None or step >= final:
         return None
-    if not memory.counts.has_scored():
+    if max((count.scored for count in memory.counts.of_each().values()), default=0) < ENOUGH:
         return None
     return (
         f"AdaLoRA's ranks were never settled (adapter {memory.adapter!r}): the training stopped after step {step}, and "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..model.layers import checkpoints_without_gradient, idle_layers
+from ..model.adapters import checkpoints_without_gradient, idle_layers
 
 if TYPE_CHECKING:
     from ..rules.call import AllocatorCall

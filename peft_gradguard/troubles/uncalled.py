@@ -14,7 +14,7 @@ import torch
 
 from ..model.pattern import pattern_by_full_name
 from .ended import Ending, anything_has_ended, judge_at_the_end, living, say_what_has_ended
-from .whose import without_allocator
+from .whose import PATTERN, anothers_pattern, without_allocator
 
 if TYPE_CHECKING:
     from ..memory.memory import Memory
@@ -34,6 +34,8 @@ class Watch(Ending):
         super().__init__(memory)
         self.ranked = ranked
         """The ids of the parameters that the allocator ranks."""
+        self.cut_to: list[bool] = []
+        """Which of the ranks of E are kept by the pattern that the config came with."""
         self.trained = False
         """Whether its values were seen to change between two gradients."""
         self._energy = weakref.ref(energy)
@@ -51,8 +53,8 @@ class Watch(Ending):
             energy = self._energy()
             if energy is not None and not torch.is_inference_mode_enabled():
                 self.trained = self._has_changed(energy)
-                if self.trained and self._orphaned:
-                    self._say_that_there_is_no_allocator(energy)
+                if self.trained:
+                    self._say_whose(energy)
         if anything_has_ended():
             say_what_has_ended()
 
@@ -76,7 +78,11 @@ class Watch(Ending):
         if energy is not None and not self._done:
             _orphans[id(energy)] = weakref.ref(self)
 
-    def _say_that_there_is_no_allocator(self, energy: torch.nn.Parameter) -> None:
+    def _say_whose(self, energy: torch.nn.Parameter) -> None:
+        if not self._orphaned:
+            if self.memory.seen.came_with is not None and len(energy) == len(self.cut_to) and not all(self.cut_to):
+                self.memory.said.warn_once(PATTERN, "%s", anothers_pattern(self.memory.adapter))
+            return
         self._done = True
         adopted = any(isinstance(other, Watch) and id(energy) in other.ranked for other in living())
         if _orphans.pop(id(energy), None) is not None and not adopted and self.has_seen_all():
@@ -106,10 +112,13 @@ def watch_for_calls(call: AllocatorCall) -> None:
     # To load a pruned adapter, PEFT makes new parameters of those that its pattern names: it may be trained on with the
     # ranks that it has. One with a pattern that is not loaded was given another training's config.
     named = dict(pattern_by_full_name(call.parameters, pattern, allocator.adapter_name))
-    energies = [p for p in energies if p.name in named] or energies
+    # Of the others the last one: who freezes layers freezes the first ones.
+    energies.reverse()
+    energies.sort(key=lambda p: (p.name not in named, all(named.get(p.name, ()))))
     if energies:
         memory.watched = True
         watch = Watch(memory, energies[0].parameter, frozenset(id(p.parameter) for p in call.parameters))
+        watch.cut_to = list(named.get(energies[0].name, ()))
         energies[0].parameter.register_hook(watch)  # type: ignore[no-untyped-call]
         judge_at_the_end(allocator, watch)
     say_what_has_ended()

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..model.layers import adapters_that_train
-from ..model.pattern import pattern_by_full_name
+from ..model.adapters import adapters_that_train
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from ..memory.seen import Seen
     from ..model.parameters import AdaLoraParameter
     from ..rules.call import AllocatorCall
+
+PATTERN = "strange pattern"
 
 
 def warn_of_another_adapter(call: AllocatorCall) -> None:
@@ -30,7 +31,7 @@ def warn_of_another_adapter(call: AllocatorCall) -> None:
 def warn_of_its_pattern(call: AllocatorCall) -> None:
     """Warn of a ``rank_pattern`` that was in the config when the allocator was made, and is not this training's."""
     for words in strange_pattern(call.memory.seen, call.allocator.peft_config, call.memory.adapter, call.parameters):
-        call.memory.said.warn_once("strange pattern", "%s", words)
+        call.memory.said.warn_once(PATTERN, "%s", words)
 
 
 def another_trains(adapter: str, training: Sequence[str]) -> str | None:
@@ -65,22 +66,15 @@ def strange_pattern(seen: Seen, config: Any, adapter: str, parameters: Sequence[
             "thing: every module starts with init_r ranks, and save_pretrained fails before the first masking step. "
             "Leave rank_pattern out of the AdaLoraConfig; init_r, target_r and target_modules decide on the ranks."
         )
-    elif is_anothers_pattern(seen, pattern, adapter, parameters):
-        yield (
-            f"AdaLoRA's adapter {adapter!r} was made with a config that holds the rank_pattern of another training: "
-            "PEFT writes it into the config object. Until the first masking step, whatever is saved is cut to those "
-            "ranks. Make a new AdaLoraConfig for each training, or set config.rank_pattern = None before "
-            "get_peft_model."
-        )
+    elif not seen.own_pattern(pattern, adapter, parameters) and pattern:
+        yield anothers_pattern(adapter)
 
 
-def is_anothers_pattern(
-    seen: Seen, pattern: Mapping[str, list[bool]], adapter: str, parameters: Sequence[AdaLoraParameter]
-) -> bool:
-    """Say whether the allocator came with this pattern, but its adapter was never cut to it, as a loaded one is."""
-    if not pattern or seen.is_own(pattern, adapter):
-        return False
-    named = dict(pattern_by_full_name(parameters, dict(pattern), adapter))
-    rows = {p.name: p.parameter.shape[0] for p in parameters if p.factor == "E" and p.parameter.dim() == 2}
-    uncut = (rows.get(name) == len(keep) and not all(keep) for name, keep in named.items())
-    return any(uncut)
+def anothers_pattern(adapter: str) -> str:
+    """Return what to say of an adapter whose config object has been through another training."""
+    return (
+        f"AdaLoRA's adapter {adapter!r} was made with a config that holds the rank_pattern of another training: "
+        "PEFT writes it into the config object. Until the first masking step, whatever is saved is cut to those "
+        "ranks. Make a new AdaLoraConfig for each training, or set config.rank_pattern = None before "
+        "get_peft_model."
+    )

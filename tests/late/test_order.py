@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from peft_gradguard.late.order import Found, Order, Verdict, Word, verdict
@@ -69,3 +72,9 @@ def test_nothing_can_be_lent(
 
 def test_copies_are_kept_where_zero_grad_writes_zeros() -> None:
     assert {order for order in Order if order.copies} == {ONLY_ZEROS, LATE_ZEROED}
+
+
+def test_the_table_needs_no_torch() -> None:
+    program = "import sys, peft_gradguard.late.order; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"

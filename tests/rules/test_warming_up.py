@@ -233,4 +233,4 @@ def test_report_names_the_modules_that_have_no_rank_left() -> None:
     }
     text = str(peft_gradguard.report(loop.model))
     section = text[text.index("No rank left") :].split("\n\n")[0].splitlines()
-    assert [line.split() for line in section[1:]] == [["module", "layers", "count"], ["experts.*", "0", "1"]]
+    assert [line.split() for line in section[1:]] == [["kind", "layers", "modules"], ["experts.0", "1"]]
