@@ -18,3 +18,11 @@ class TrainingStackError(RuntimeError):
     Raised out of the same calls as ``NoGradientError``, on every process alike, before PEFT fails on one of them while
     the others wait for it in a collective. The message names the way that works.
     """
+
+
+class ScheduleError(ValueError, RuntimeError):
+    """AdaLoRA's schedule or budget asks for more than can be pruned, or for nothing.
+
+    Raised out of the same calls, from the ``RuntimeError`` (kthvalue: selected number k out of range) with which PEFT
+    fails there; it is one itself, so that code which expects that one goes on as it did.
+    """

@@ -1,4 +1,4 @@
-"""The wrappers around ``RankAllocator``'s methods, and one of a layer's: one function each, that reads like a rule.
+"""The wrappers around ``RankAllocator``'s methods, and one of a layer's: a few lines each, that read like a rule.
 
 Each calls PEFT's own method (``peft``) with a view of the model; the other arguments go on as they were given.
 AdaLoRA's arithmetic is PEFT's: what ``speed/`` computes in its place has been seen, on the same allocator, to be the
@@ -18,11 +18,10 @@ from .rules.ranking import pattern_to_mask, rank, ranks_in_its_own_way, settled
 from .rules.scoring import scoring
 from .speed.fused import score
 from .stacks.stack import keep_masks
-from .troubles.outcome import warn_of_missed_finalising_step
+from .troubles.look import look_after_masking, look_after_scoring, look_at_the_door, look_in_final_phase
 from .troubles.overlap import warn_of_overlap
-from .troubles.pruned import warn_of_pruned_adapter
-from .troubles.replaced import warn_of_replaced_methods
-from .troubles.uncalled import note_call, watch_for_calls
+from .troubles.schedule import explained
+from .troubles.uncalled import watch_for_calls
 from .troubles.unmatched import warn_of_unmatched_patterns
 from .wrapper import is_own
 
@@ -47,11 +46,7 @@ def update_and_allocate(
 ) -> tuple[int, RankPattern | None]:
     """Let one walk over the model serve the whole call (``RankAllocator.update_and_allocate``)."""
     call = AllocatorCall(allocator, model, global_step)
-    with harmless("look at an allocator"):
-        warn_of_replaced_methods(call)
-        if not call.memory.called:
-            warn_of_pruned_adapter(call)
-    note_call(call)
+    look_at_the_door(call)
     due = call.scoring_is_due
     if not due:
         call.memory.late.stop()
@@ -65,6 +60,8 @@ def update_and_allocate(
             result = peft(call.view)
         with harmless("note what a step has left"):
             note_step(call, *result)
+        look_after_scoring(call)
+        look_after_masking(call, *result)
     return result
 
 
@@ -77,10 +74,11 @@ def update_ipt(
     ``update_and_allocate`` sees it.
     """
     with call_for(allocator, model) as call:
-        note_call(call)
+        look_at_the_door(call)
         with scoring(call) as any_usable:
             if any_usable:
                 peft(call.view) if rest or more else score(call, peft)
+        look_after_scoring(call)
         rank(call)
 
 
@@ -100,18 +98,25 @@ def budget_schedule(
 
 
 def mask_to_budget(
-    peft: Callable[..., RankPattern], allocator: RankAllocator, /, model: torch.nn.Module, *_: Any, **__: Any
+    peft: Callable[..., RankPattern],
+    allocator: RankAllocator,
+    /,
+    model: torch.nn.Module,
+    budget: int,
+    *_: Any,
+    **__: Any,
 ) -> RankPattern | None:
     """Mask only ranked triplets (``RankAllocator.mask_to_budget``); with none, the pattern that exists stays as it is.
 
     PEFT forgets all scores at its finalising step, and loops that call once per micro-batch come again with that step.
     """
     with call_for(allocator, model) as call:
-        note_call(call)
+        look_at_the_door(call)
         warn_of_unmatched_patterns(call)
         warn_of_overlap(call)
         if settled(call) or ranks_in_its_own_way(call):
-            pattern = peft(call.view)
+            with explained(call, budget):
+                pattern = peft(call.view)
             keep_masks(call.parameters, pattern)
             return pattern
     existing: RankPattern | None = allocator.peft_config.rank_pattern
@@ -129,13 +134,13 @@ def mask_using_rank_pattern(
 ) -> None:
     """In the final phase, mask only names in the pattern (``RankAllocator.mask_using_rank_pattern``)."""
     with call_for(allocator, model) as call:
-        note_call(call)
+        look_at_the_door(call)
         call.memory.late.stop()
-        warn_of_missed_finalising_step(call, rank_pattern)
         masked = pattern_to_mask(call, rank_pattern)
         if masked:
             peft(call.view, masked)
             keep_masks(call.parameters, masked)
+        look_in_final_phase(call, rank_pattern)
 
 
 def _set_budget_scheduler(

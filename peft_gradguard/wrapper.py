@@ -28,6 +28,22 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """The wrapped methods of ``RankAllocator`` and the arguments that they have had in every release since 0.3."""
 
+LOADING: dict[str, tuple[str, ...]] = {
+    "resize_modules_by_rank_pattern": ("self", "rank_pattern", "adapter_name"),
+    "resize_state_dict_by_rank_pattern": ("self", "rank_pattern", "state_dict", "adapter_name"),
+    "_load_from_state_dict": (
+        "self",
+        "state_dict",
+        "prefix",
+        "local_metadata",
+        "strict",
+        "missing",
+        "unexpected",
+        "errors",
+    ),
+}
+"""The wrapped methods of ``AdaLoraModel``: what PEFT and torch call where an adapter is saved and loaded."""
+
 
 class GuardWrapper(wrapt.FunctionWrapper):  # type: ignore[misc, type-arg, unused-ignore]
     """The guard's own wrapper, so that it can be told from anybody else's. It binds, copies and pickles as a function.
@@ -58,6 +74,8 @@ def wrap(owner: type, name: str, guarded: Callable[..., Any], expected: tuple[st
         return
     if name not in vars(owner):
         setattr(owner, name, _inherited(owner, name))
+    while _is_of_an_earlier_import(vars(owner)[name]):
+        setattr(owner, name, vars(owner)[name].__wrapped__)
     signature = inspect.signature(vars(owner)[name])
     named = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD] or list(expected)
 
@@ -86,6 +104,13 @@ def wrap(owner: type, name: str, guarded: Callable[..., Any], expected: tuple[st
     wrapt.wrap_object(owner, name, GuardWrapper, (wrapper,))
 
 
+def _is_of_an_earlier_import(method: Any) -> bool:
+    """Say whether this is the wrapper of a package that has been imported anew since, and is out of reach."""
+    kind = type(method)
+    names = (kind.__module__, kind.__qualname__), (GuardWrapper.__module__, GuardWrapper.__qualname__)
+    return kind is not GuardWrapper and names[0] == names[1]
+
+
 def _inherited(owner: type, name: str) -> Callable[..., Any]:
     """Return a method that does what the class inherits under this name, also where that is replaced later."""
 
@@ -100,19 +125,21 @@ def _inherited(owner: type, name: str) -> Callable[..., Any]:
     return method
 
 
-def mismatch(module: ModuleType) -> str | None:
+def mismatch(
+    module: ModuleType, class_name: str = "RankAllocator", methods: dict[str, tuple[str, ...]] = METHODS
+) -> str | None:
     """Return in words what about this ``peft.tuners.adalora`` does not fit the guard, or None where all does."""
-    allocator_class = getattr(module, "RankAllocator", None)
-    if not inspect.isclass(allocator_class):
-        return f"{module.__name__} has no class RankAllocator"
-    for name, expected in METHODS.items():
-        method = vars(allocator_class).get(name)
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found):
+        return f"{module.__name__} has no class {class_name}"
+    for name, expected in methods.items():
+        method = inspect.getattr_static(found, name, None)
         if not callable(method):
-            return f"RankAllocator has no method {name}"
+            return f"{class_name} has no method {name}"
         try:
             inspect.signature(method).bind(*expected)
         except TypeError:
-            return f"RankAllocator.{name}{inspect.signature(method)} does not take ({', '.join(expected)})"
+            return f"{class_name}.{name}{inspect.signature(method)} does not take ({', '.join(expected)})"
     return None
 
 

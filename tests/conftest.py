@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,16 @@ def quick_collections(guard: None) -> None:
     """Take what the tests' modules have imported (torch, transformers, PEFT) out of what each collection looks at."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def trainings_of_other_tests() -> Iterator[None]:
+    """What is to be said of this test's trainings, once they have ended, is not said in another test."""
+    yield
+    ended = sys.modules.get("peft_gradguard.troubles.ended")
+    if ended is not None:
+        ended._endings.clear()
+        ended._ended.clear()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
@@ -13,7 +14,8 @@ import pytest
 from run_docs import STACKS, blocks
 from scenarios import PEFT_VERSION
 
-from peft_gradguard import settings
+import peft_gradguard
+from peft_gradguard import AdapterReport, HistoryPoint, ModuleReport, ParameterReport, settings
 from peft_gradguard.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +53,7 @@ def assert_exists(command: list[str]) -> None:
         command = command[1:]
     name, *arguments = command
     if name == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(arguments) <= set(targets), command
     elif name == "peft-gradguard":
         # argparse ends the program where it does not know something.
@@ -114,7 +116,25 @@ def anchors(page: Path) -> set[str]:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     readme = PAGES[0].read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == []
+    # index.md is the front page of `make docs`, as the README is here.
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == ["index.md"]
+
+
+def test_every_public_name_and_field_is_in_the_api_page() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").replace("\\|", "|")
+    classes = {name for name, value in vars(peft_gradguard).items() if isinstance(value, type)}
+    public = {*peft_gradguard.__all__, *classes}
+    assert {name for name in public if f"`{name}" not in page} == set()
+    for kind in (AdapterReport, HistoryPoint, ModuleReport, ParameterReport):
+        fields = {f: getattr(a, "__forward_arg__", a) for f, a in kind.__annotations__.items()}
+        assert [f for f, a in fields.items() if f"`{f}: {a}`" not in page] == [], kind
+
+
+def test_signatures_in_the_api_page_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for function in (peft_gradguard.enable, peft_gradguard.report, peft_gradguard.keep_history, peft_gradguard.exclude):
+        signature = str(inspect.signature(function)).replace("'", "")
+        assert f"`{function.__name__}{signature}`" in page
 
 
 def test_the_picture_is_small() -> None:

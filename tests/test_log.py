@@ -28,9 +28,21 @@ def test_other_ranks_of_a_distributed_run_log_at_debug(
     model: peft.PeftModel, records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     frozen("trunk.0", "lora_A")(model, 0)
     advance(model, 1)
     assert [record.levelname for record in records] == ["DEBUG"]
+
+
+@pytest.mark.peft
+def test_rank_without_a_world_size_is_somebody_elses_variable(
+    model: peft.PeftModel, records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    frozen("trunk.0", "lora_A")(model, 0)
+    advance(model, 1)
+    assert [record.levelname for record in records] == ["WARNING"]
 
 
 @pytest.mark.peft

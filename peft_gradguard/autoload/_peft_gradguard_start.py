@@ -13,6 +13,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
 
 # The words of peft_gradguard.settings, which cannot be imported here. A test holds them (and the .pth line) together.
 SWITCH = "PEFT_GRADGUARD"
@@ -57,14 +58,32 @@ def say(message: str) -> None:
 class PeftIsComing:
     """A finder that finds nothing, but sees ``import peft`` go by and loads the guard first.
 
-    It stays in ``sys.meta_path`` afterwards: to remove it while Python goes through the list would skip another finder.
+    Other tools' finders may stand first and find PEFT before anybody else is asked. So it also looks at any other
+    import, and at any folder that Python looks into for the first time, and puts itself first again: at most a few
+    times, as another one may do the same. It stays in ``sys.meta_path`` afterwards, with its repetitions: to remove it
+    while Python goes through the list would skip another finder.
     """
 
-    done = False
+    done = loading = False
 
     def find_spec(self, name: str, path: "Sequence[str] | None" = None, target: object = None) -> None:
-        """Load the guard where ``name`` is PEFT's; the finders after this one do the finding."""
-        if name == "peft" and not self.done:
+        """Load the guard where ``name`` is PEFT's, or PEFT is there; the finders after this one do the finding."""
+        if not self.done:
+            self.look(name)
+
+    def see_folder(self, folder: str) -> "NoReturn":
+        """Look, and leave the folder to the other hooks on paths."""
+        if not self.done:
+            self.look("")
+        raise ImportError(folder)
+
+    def look(self, name: str) -> None:
+        """Load the guard if it is time."""
+        if name != "peft" and "peft" not in sys.modules:
+            if sys.meta_path[0] is not self and sys.meta_path.count(self) < 20:
+                sys.meta_path.insert(0, self)
+        elif not self.loading:
+            self.loading = True
             load_guard()
             # Not before: another thread that imports PEFT meanwhile has to wait until the guard is there.
             self.done = True
@@ -88,7 +107,9 @@ def _wait_for_peft() -> None:
         load_guard()
     else:
         # The first finder is asked first, even for a PEFT that another tool's finder would provide.
-        sys.meta_path.insert(0, PeftIsComing())
+        finder = PeftIsComing()
+        sys.meta_path.insert(0, finder)
+        sys.path_hooks.insert(0, finder.see_folder)
 
 
 def _import_package_of_sitecustomize() -> bool:

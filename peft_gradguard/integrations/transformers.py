@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,14 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..log import said_level, say
 from ..memory.memory import known_memory
-from ..report.audit import build, tuners_in
+from ..model.gradients import skip_reason
+from ..model.tuners import tuners_that_train
+from ..model.walk import adalora_parameters
+from ..report.audit import build
+from ..switch import is_enabled
+from .resume import read, resumed_from, write, write_with
 
 if TYPE_CHECKING:
-    import torch
     from peft import AdaLoraConfig
     from peft.tuners.adalora import AdaLoraModel, RankAllocator
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -37,54 +42,57 @@ class AdaLoraCallback(TrainerCallback):
       step and before ``zero_grad``. Where somebody else calls it too, this is left to them, with one WARNING.
     - ``adalora/budget``, ``adalora/total_rank`` and ``adalora/skipped`` (parameters left out of the last scoring), in
       whatever the Trainer logs to, each time it logs a loss.
+    - ``adalora_state.safetensors`` in each checkpoint, so that a training that is resumed ends as if it had never been
+      stopped (``peft_gradguard.AllocatorState``); not with ``save_only_model``.
 
-    WARNING at the start of a training with ``load_best_model_at_end``, which fails where the best one has other ranks.
     ``ValueError`` at the start of a training without a trainable AdaLoRA adapter, or too short for its ``tinit`` and
     ``tfinal``.
     """
 
     def __init__(self) -> None:
-        self._tuners: list[AdaLoraModel] = []
-        self._left: list[dict[str, weakref.ref[torch.Tensor]]] = []
-        """Per tuner, the scores as the last call left them."""
-        self._total_step: int | None = None
-        """The ``total_step`` that this callback has set."""
-        self._somebody_else_calls = False
+        self._runs: list[_Run] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the trainings that are going on: a copy takes part in none of them."""
+        return {**vars(self), "_runs": []}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Find the adapter, and settle ``total_step``."""
-        self._tuners = [tuner for tuner in dict.fromkeys(tuners_in(model)) if hasattr(tuner, "rankallocator")]
-        if not self._tuners:
+        """Find the adapters that train, and settle ``total_step``."""
+        before = self._run_of(state)
+        if before is not None and before.step is None:
+            # The Trainer was given this callback twice.
+            return
+        tuners = tuners_that_train(model)
+        if not tuners:
             raise ValueError(
                 f"AdaLoraCallback found no trainable AdaLoRA adapter in the Trainer's model, a {type(model).__name__}. "
                 "Give the Trainer what get_peft_model returned for an AdaLoraConfig, or leave the callback out."
             )
-        for tuner in self._tuners:
-            self._settle_total_step(tuner.rankallocator, state.max_steps)
-        if args.load_best_model_at_end:
-            _warn_of_other_ranks(self._tuners[0].rankallocator)
-        self._left = [_scores(tuner) for tuner in self._tuners]
-        self._somebody_else_calls = False
+        for tuner in tuners:
+            _settle_total_step(tuner.rankallocator, state.max_steps)
+        if args.load_best_model_at_end and not is_enabled():
+            _warn_of_other_ranks(tuners[0].rankallocator)
+        checkpoint = resumed_from() if state.global_step else None
+        if checkpoint is not None:
+            read(checkpoint, tuners, state.global_step)
+        if before is not None:
+            self._forget(before)
+        run = _Run(state, tuners)
+        self._runs.append(run)
+        if not args.save_only_model:
+            write_with(state, run.write)
         _come_first(self)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Let AdaLoRA score, allocate and mask. Trainer counts the step only after this event, hence the one more."""
-        if not self._somebody_else_calls and not all(map(_untouched, self._tuners, self._left)):
-            self._somebody_else_calls = True
-            say(
-                said_level(),
-                "Something else calls update_and_allocate in this training too (step %d): another callback, or the "
-                "trainer. AdaLoraCallback leaves the calls to it. Take one of the two out; AdaLoraCallback is enough.",
-                state.global_step + 1,
-            )
-        if not self._somebody_else_calls:
-            for tuner in self._tuners:
-                tuner.update_and_allocate(state.global_step + 1)  # type: ignore[no-untyped-call]
-            self._left = [_scores(tuner) for tuner in self._tuners]
+        run = self._run_of(state)
+        if run is not None and run.step != state.global_step:
+            run.step = state.global_step
+            run.allocate(state.global_step + 1)
 
     def on_log(
         self,
@@ -95,38 +103,146 @@ class AdaLoraCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Add ranks and skips to what is logged with a training loss."""
-        if logs is not None and "loss" in logs and self._tuners:
-            numbers = _numbers(self._tuners)
+        run = self._run_of(state)
+        if logs is not None and "loss" in logs and run is not None:
+            numbers = _numbers(run.tuners())
             logs.update(numbers)
             # Trainer keeps a copy of its own.
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
                 state.log_history[-1].update(numbers)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Let go of the model."""
-        self._tuners, self._left = [], []
+        """Forget the training."""
+        run = self._run_of(state)
+        if run is not None:
+            self._forget(run)
 
-    def _settle_total_step(self, allocator: RankAllocator, steps: int) -> None:
-        config: AdaLoraConfig = allocator.peft_config
-        if config.total_step is None or config.total_step <= 0 or config.total_step == self._total_step:
-            _require_room(config, steps)
-            allocator.set_total_step(steps)  # type: ignore[no-untyped-call]
-            self._total_step = steps
+    def _run_of(self, state: TrainerState) -> _Run | None:
+        # By identity: one callback may serve several Trainers at once, and states are equal where their numbers are.
+        for run in tuple(self._runs):
+            if run.state() is None:
+                self._forget(run)
+            elif run.state() is state:
+                return run
+        return None
+
+    def _forget(self, run: _Run) -> None:
+        # Other threads may be here too.
+        with contextlib.suppress(ValueError):
+            self._runs.remove(run)
+
+
+class _Run:
+    """One training. It keeps none of its objects alive, so that one that ends with an error leaves no model behind."""
+
+    def __init__(self, state: TrainerState, tuners: list[AdaLoraModel]) -> None:
+        self.state = weakref.ref(state)
+        self.step: int | None = None
+        """The ``global_step`` at which the last call was due."""
+        self._shares = [_Share(tuner) for tuner in tuners]
+
+    def tuners(self) -> list[AdaLoraModel]:
+        """Return the AdaLoRA models that are trained."""
+        return [tuner for share in self._shares if (tuner := share.tuner()) is not None]
+
+    def write(self, folder: str) -> None:
+        """Write the allocators' state into a checkpoint."""
+        write(folder, self.tuners())
+
+    def allocate(self, step: int) -> None:
+        """Call ``update_and_allocate`` where nobody else does."""
+        # A copy without gradients beside the adapter that trains (a teacher, an average) was never meant to be called.
+        reached = [share for share in self._shares if share.is_reached()] or self._shares
+        for share in reached:
+            share.allocate(step)
+
+
+class _Share:
+    """Whose share the calls of one allocator are: ours, unless somebody else is seen to score in this training."""
+
+    def __init__(self, tuner: AdaLoraModel) -> None:
+        self.tuner = weakref.ref(tuner)
+        self._reached = False
+        self._left_to_others = False
+        self._calls, self._scorings = _calls_and_scorings(tuner.rankallocator)
+
+    def is_reached(self) -> bool:
+        """Say whether gradients have ever come to this adapter."""
+        tuner = self.tuner()
+        if tuner is not None and not self._reached:
+            parameters = adalora_parameters(tuner.model, tuner.rankallocator.adapter_name)
+            self._reached = any(skip_reason(parameter.parameter) is None for parameter in parameters)
+        return self._reached
+
+    def allocate(self, step: int) -> None:
+        """Call, unless another caller is there; look for it, as it may come and go."""
+        tuner = self.tuner()
+        if tuner is None:
             return
-        _require_room(config, config.total_step)
-        if config.total_step != steps:
-            settled = config.total_step - config.tfinal
+        allocator: Any = tuner.rankallocator
+        config, (calls, scorings) = allocator.peft_config, _calls_and_scorings(allocator)
+        finalising = config.total_step - config.tfinal
+        if scorings > self._scorings:
+            self._leave_to_others(step)
+        elif step < finalising or calls == self._calls:
+            self._left_to_others = False
+        # A second finalising call does no harm, and one that nobody makes costs the whole training.
+        if not self._left_to_others or (step == finalising and allocator.exp_avg_ipt):
+            tuner.update_and_allocate(step)  # type: ignore[no-untyped-call]
+        self._calls, self._scorings = _calls_and_scorings(allocator)
+
+    def _leave_to_others(self, step: int) -> None:
+        if not self._left_to_others:
             say(
                 said_level(),
-                "total_step of AdaLoRA's adapter %r is %d, but this run has %d optimizer steps: %s. To have it set for "
-                "you, set total_step of the AdaLoraConfig to None before training.",
-                allocator.adapter_name,
-                config.total_step,
-                steps,
-                f"the final ranks are settled at step {settled} (total_step - tfinal)"
-                if settled <= steps
-                else f"the run ends before the final ranks are settled at step {settled} (total_step - tfinal)",
+                "peft_gradguard's AdaLoraCallback leaves update_and_allocate to something else that calls it in this "
+                "training too (step %d): another callback, or the trainer. Both would score each step twice. Take one "
+                "of the two out; AdaLoraCallback is enough.",
+                step,
             )
+        self._left_to_others = True
+
+
+def _calls_and_scorings(allocator: RankAllocator) -> tuple[int, int]:
+    """Return how many calls of this allocator the guard has seen, and how many of them have scored."""
+    memory = known_memory(allocator)
+    return (memory.calls, memory.scorings) if memory else (0, 0)
+
+
+class _SetByCallback(int):
+    """A ``total_step`` that this callback has set. The user's own is a plain int, be it the same number."""
+
+    def __copy__(self) -> _SetByCallback:
+        return self
+
+    def __deepcopy__(self, memo: object) -> _SetByCallback:
+        return self
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        # What is pickled loads without the guard.
+        return int, (int(self),)
+
+
+def _settle_total_step(allocator: RankAllocator, steps: int) -> None:
+    config: AdaLoraConfig = allocator.peft_config
+    if config.total_step is None or config.total_step <= 0 or isinstance(config.total_step, _SetByCallback):
+        _require_room(config, steps)
+        allocator.set_total_step(_SetByCallback(steps))  # type: ignore[no-untyped-call]
+        return
+    _require_room(config, config.total_step)
+    if config.total_step != steps:
+        settled = config.total_step - config.tfinal
+        say(
+            said_level(),
+            "total_step of AdaLoRA's adapter %r is %d, but this run has %d optimizer steps: %s. To have it set for "
+            "you, set total_step of the AdaLoraConfig to None before training.",
+            allocator.adapter_name,
+            config.total_step,
+            steps,
+            f"the final ranks are settled at step {settled} (total_step - tfinal)"
+            if settled <= steps
+            else f"the run ends before the final ranks are settled at step {settled} (total_step - tfinal)",
+        )
 
 
 def _require_room(config: AdaLoraConfig, steps: int) -> None:
@@ -138,27 +254,15 @@ def _require_room(config: AdaLoraConfig, steps: int) -> None:
 
 
 def _warn_of_other_ranks(allocator: RankAllocator) -> None:
-    """Say that Trainer loads the best checkpoint into a model that PEFT has cut to the ranks of the end."""
+    """Say that plain PEFT, without the guard, cannot load a checkpoint into an adapter that has other ranks by then."""
     config: Any = allocator.peft_config
     say(
         said_level(),
-        "load_best_model_at_end is set: this run will fail at its end (size mismatch) if the best checkpoint has other "
-        "ranks than the model has then. Only those from step %d on (total_step - tfinal) are sure to have the same. "
-        "Leave it out, give metric_for_best_model, and load the best one into a fresh model: "
-        "PeftModel.from_pretrained(base_model, trainer.state.best_model_checkpoint).",
+        "peft_gradguard is off, and load_best_model_at_end is set: this run fails at its end (size mismatch) if the "
+        "best checkpoint has other ranks than the model has then. Only those from step %d on (total_step - tfinal) are "
+        "sure to have the same. Switch the guard on (peft_gradguard.enable()), or leave the setting out.",
         config.total_step - config.tfinal,
     )
-
-
-def _scores(tuner: AdaLoraModel) -> dict[str, weakref.ref[torch.Tensor]]:
-    """Return the last step's scores: PEFT makes a new tensor of each that it updates (``RankAllocator.update_ipt``)."""
-    return {name: weakref.ref(score) for name, score in tuner.rankallocator.ipt.items()}
-
-
-def _untouched(tuner: AdaLoraModel, left: dict[str, weakref.ref[torch.Tensor]]) -> bool:
-    # By identity: equal references are those to equal tensors, and there is one reference to each tensor.
-    now = _scores(tuner)
-    return now.keys() == left.keys() and all(reference is left[name] for name, reference in now.items())
 
 
 def _numbers(found: list[AdaLoraModel]) -> dict[str, float]:

@@ -143,6 +143,10 @@ class Counts:
         self._end_run()
         return self._counts
 
+    def has_scored(self) -> bool:
+        """Say whether anything was ever scored."""
+        return any(count.scored for count in self.of_each().values())
+
     def scored_of(self, names: Iterable[str]) -> dict[str, float]:
         """Return how many scorings the scores of each are made of, ``inf`` where nobody knows; without those of none.
 

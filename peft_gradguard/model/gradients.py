@@ -25,6 +25,8 @@ class StepGradients(NamedTuple):
     """Whether gradients are there and all of them exactly zero, as ``zero_grad(set_to_none=False)`` leaves them."""
     came: bool
     """Whether any gradient has come at this step, be it one that is not finite or excluded; zeros are none."""
+    zeros: tuple[str, ...] = ()
+    """The names of those whose gradient is exactly zero."""
     lent: bool = False
     """Whether they are those of an earlier optimizer step, lent to a call that has found none."""
 
@@ -58,7 +60,7 @@ def step_gradients(parameters: Sequence[AdaLoraParameter]) -> StepGradients:
         reasons.update(dict.fromkeys(zeros, NO_GRADIENT))
     found_reasons = set(reasons.values())
     came = None in found_reasons or NON_FINITE in found_reasons or _excluded_have_gradients(parameters)
-    return StepGradients(reasons, zeroed=bool(seen) and len(zeros) == len(there), came=came)
+    return StepGradients(reasons, bool(seen) and len(zeros) == len(there), came, tuple(zeros))
 
 
 def _excluded_have_gradients(parameters: Sequence[AdaLoraParameter]) -> bool:

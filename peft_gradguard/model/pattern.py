@@ -18,6 +18,13 @@ def budget_name(triplet: Triplet) -> str:
     return triplet.A.name.replace("lora_A", "%s")
 
 
+def is_uncut(parameters: Sequence[AdaLoraParameter], rank_pattern: RankPattern, adapter: str) -> bool:
+    """Say whether an E has all the rows that the pattern takes some of: to load an adapter, PEFT cuts them off."""
+    rows = {p.name: p.parameter.shape[0] for p in parameters if p.factor == "E" and p.parameter.dim() == 2}
+    named = pattern_by_full_name(parameters, rank_pattern, adapter)
+    return any(rows.get(name) == len(keep) and not all(keep) for name, keep in named)
+
+
 def pattern_by_full_name(
     parameters: Sequence[AdaLoraParameter], rank_pattern: RankPattern, adapter: str
 ) -> Iterator[tuple[str, list[bool]]]:
@@ -28,6 +35,7 @@ def pattern_by_full_name(
     """
     for parameter in parameters:
         for key in (parameter.name, parameter.name.replace(f".{adapter}", "")):
-            if parameter.factor == "E" and key in rank_pattern:
+            # A number is LoRA's way to give ranks, which AdaLoRA does not read.
+            if parameter.factor == "E" and not isinstance(rank_pattern.get(key, 0), int):
                 yield parameter.name, rank_pattern[key]
                 break

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..model.parameters import triplets
 from ..troubles.overlap import advice_on_overlap
 from ..troubles.pruned import advice_on_pruned_adapter
+from ..troubles.schedule import wrong_schedule
 from ..troubles.unmatched import advice_on_exclusions
+from ..troubles.whose import another_trains, strange_pattern, without_allocator
 from .facts import trained
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
 
     from ..memory.counts import Counts
+    from ..memory.seen import Seen
     from ..model.parameters import AdaLoraParameter, Triplet
     from .facts import ModuleReport
 
@@ -38,6 +41,11 @@ class Look(NamedTuple):
     pattern: dict[str, list[bool]]
     inside: set[str]
     """Modules inside ``modules_to_save``."""
+    alone: bool
+    """Whether the model has no allocator at all."""
+    training: list[str]
+    """The names of the adapters that have trainable parameters."""
+    seen: Seen
     warming_up: set[str]
     """The E that were scored too seldom until now (``Counts.warming_up``)."""
 
@@ -45,7 +53,8 @@ class Look(NamedTuple):
 def advice(look: Look, modules: tuple[ModuleReport, ...]) -> tuple[str, ...]:
     """Return what to change about this adapter; nothing for one that is only used (it has no allocator)."""
     if look.allocator is None:
-        return ()
+        # Where the model has an allocator, it is said of the adapter that this one ranks.
+        return (without_allocator(look.adapter),) if look.alone and look.adapter in look.training else ()
     parameters = look.parameters
     # PEFT forgets the scores at the finalising step: after it nothing is left that could still be scored.
     scored = bool(look.allocator.exp_avg_ipt)
@@ -55,9 +64,11 @@ def advice(look: Look, modules: tuple[ModuleReport, ...]) -> tuple[str, ...]:
         *_missing(look.adapter, parameters),
         *advice_on_overlap(look.inside),
         *_names(look.adapter, look.adapters, [p.module for p in parameters if p.module not in look.inside]),
-        *(() if over else _nothing_trainable(look.adapter, parameters, scored)),
+        *(() if over and not another_trains(look.adapter, look.training) else _nothing_trainable(look, scored)),
         *_partly_frozen(parameters),
-        *_schedule(look.config),
+        *(words for _, words in wrong_schedule(look.config)),
+        *strange_pattern(look.seen, look.config, look.adapter, parameters),
+        *look.seen.troubles.values(),
         *(() if over else advice_on_pruned_adapter(look.allocator, parameters, rows)),
         *advice_on_exclusions(parameters),
     )
@@ -94,8 +105,12 @@ def _names(adapter: str, adapters: tuple[str, ...], modules: list[str]) -> Itera
         )
 
 
-def _nothing_trainable(adapter: str, parameters: list[AdaLoraParameter], scored: bool) -> Iterator[str]:
-    if parameters and not any(parameter.parameter.requires_grad for parameter in parameters):
+def _nothing_trainable(look: Look, scored: bool) -> Iterator[str]:
+    adapter, parameters = look.adapter, look.parameters
+    words = another_trains(adapter, look.training)
+    if words is not None:
+        yield words
+    elif parameters and not any(parameter.parameter.requires_grad for parameter in parameters):
         hurts = (
             "nothing is scored or pruned as long as they are"
             if scored
@@ -133,25 +148,6 @@ def _partly_frozen(parameters: list[AdaLoraParameter]) -> Iterator[str]:
 def _trains(triplet: Triplet) -> str:
     """Return the factors that train, such as ``"AE"``."""
     return "".join(part.factor for part in triplet if part.parameter.requires_grad)
-
-
-def _schedule(config: AdaLoraConfig) -> Iterator[str]:
-    if config.target_r >= config.init_r:
-        yield (
-            f"target_r={config.target_r} is not below init_r={config.init_r}: there is nothing to prune, and PEFT "
-            "fails at its first masking step. Choose a target_r below init_r, or plain LoRA."
-        )
-    total: int | None = config.total_step
-    if total is None:
-        yield (
-            "total_step is not set: PEFT fails at the first update_and_allocate. Set it to the number of optimizer "
-            "steps of the whole training."
-        )
-    elif config.tinit + config.tfinal >= total:
-        yield (
-            f"tinit={config.tinit} and tfinal={config.tfinal} leave none of the total_step={total} steps for pruning. "
-            "Set total_step to the number of optimizer steps of the whole training, or lower tinit or tfinal."
-        )
 
 
 def _some(names: list[str]) -> str:

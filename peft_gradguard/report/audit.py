@@ -8,6 +8,8 @@ import torch
 
 from ..memory.counts import Count, Counts
 from ..memory.memory import known_memory
+from ..memory.seen import Seen
+from ..model.adapters import adapters_that_train
 from ..model.exclusions import mark_excluded
 from ..model.marks import is_dtensor, whole_shape
 from ..model.parameters import (
@@ -20,22 +22,19 @@ from ..model.parameters import (
     ranked_triplets,
 )
 from ..model.pattern import pattern_by_full_name
+from ..model.tuners import tuners_in
 from ..model.walk import adalora_parameters
 from ..rules.importance import importance
+from ..troubles.whose import without_model
 from .advice import Look, advice
 from .facts import AdapterReport, ModuleReport, ParameterReport, trained
 from .report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from peft import AdaLoraConfig
     from peft.tuners.adalora import AdaLoraModel
 
     from ..model.parameters import AdaLoraParameter, SkipReason
-
-HOLDERS = ("module", "_orig_mod", "model", "base_model")
-"""Where objects that are no modules themselves keep their model: trainers, engines, compiled functions."""
 
 
 def build(model: object) -> Report:
@@ -46,25 +45,9 @@ def build(model: object) -> Report:
     return Report(tuple(_adapter(tuner, name) for tuner in tuners for name in tuner.peft_config))
 
 
-def tuners_in(holder: object, depth: int = 0) -> Iterator[AdaLoraModel]:
-    """Yield the AdaLoRA models in a model, or in what holds one; the same one may come more than once."""
-    from peft.tuners.adalora import AdaLoraModel
-
-    if isinstance(holder, torch.nn.Module):
-        yield from (module for module in holder.modules() if isinstance(module, AdaLoraModel))
-    elif depth < 5:
-        for name in HOLDERS:
-            inner = getattr(holder, name, None)
-            if inner is not None:
-                yield from tuners_in(inner, depth + 1)
-
-
 def _nothing_found(model: object) -> str:
     if isinstance(model, torch.nn.Module) and any(hasattr(module, "lora_E") for module in model.modules()):
-        return (
-            f"report() was given a {type(model).__name__} with AdaLoRA layers but without the AdaLoraModel around "
-            "them, which holds the rank allocator: give it the PeftModel (or what wraps it)."
-        )
+        return f"AdaLoRA's report was given {without_model(type(model).__name__)}"
     return (
         f"report() was given a {type(model).__name__}, in which there is no AdaLoRA model: give it what get_peft_model "
         "returned for an AdaLoraConfig, or what wraps it (DDP, torch.compile, accelerate, DeepSpeed)."
@@ -72,7 +55,7 @@ def _nothing_found(model: object) -> str:
 
 
 def _look(tuner: AdaLoraModel, adapter: str) -> Look:
-    allocator = getattr(tuner, "rankallocator", None)
+    allocator = vars(tuner).get("rankallocator")
     if allocator is not None and allocator.adapter_name != adapter:
         allocator = None
     memory = known_memory(allocator) if allocator is not None else None
@@ -81,6 +64,8 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
     if allocator is not None:
         parameters = mark_excluded(parameters)
     counts = memory.counts if memory else Counts()
+    seen = memory.seen if memory else Seen()
+    pattern = seen.own_pattern(config.rank_pattern, adapter, parameters)
     return Look(
         adapter,
         tuple(tuner.peft_config),
@@ -94,10 +79,19 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
             for name, module in tuner.model.named_modules()
             if hasattr(module, "lora_E") and adapter in getattr(module, "r", {})
         },
-        dict(pattern_by_full_name(parameters, config.rank_pattern or {}, adapter)),
+        dict(pattern_by_full_name(parameters, pattern, adapter)),
         modules_inside_modules_to_save({parameter.module for parameter in parameters}),
+        "rankallocator" not in vars(tuner),
+        [name for name in adapters_that_train(tuner.model) if _is_for_training(tuner, name)],
+        seen,
         counts.warming_up((p.name for p in parameters if p.factor == "E"), config.tinit or 0),
     )
+
+
+def _is_for_training(tuner: AdaLoraModel, adapter: str) -> bool:
+    """Say whether somebody wants this adapter trained: one for inference is trainable too while it is active."""
+    config: Any = tuner.peft_config.get(adapter)
+    return config is not None and not config.inference_mode
 
 
 def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
@@ -147,8 +141,10 @@ def _final(look: Look) -> bool | None:
 def _ranked(look: Look) -> set[str]:
     """Return the modules in the budget; before training, those that will be if all that trains gets gradients."""
     scored: Any = look.allocator.exp_avg_ipt if look.allocator is not None else {}
-    if scored:
-        return {triplet.E.module for triplet in ranked_triplets(look.parameters, scored, look.warming_up)}
+    ranked = {triplet.E.module for triplet in ranked_triplets(look.parameters, scored, look.warming_up)}
+    # Without the guard a call fails at the first parameter without a gradient, and leaves scores for a few.
+    if ranked or (scored and look.called):
+        return ranked
     if look.called or look.pattern or look.allocator is None:
         # PEFT has forgotten the scores at its finalising step, or the adapter was loaded.
         return {parameter.module for parameter in look.parameters if parameter.name in look.pattern}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import NoGradientError
 from ..late.order import PATIENCE, Found, Word
+from ..model.adapters import adapters_that_train, idle_layers
 from ..model.parameters import EXCLUDED, FROZEN
 from ..stacks.fsdp import gradients_can_be_kept, refuse_flat_parameters, refuse_late_call
 
@@ -14,17 +15,16 @@ if TYPE_CHECKING:
     from .call import AllocatorCall
 
 CAUSES = (
-    "Either update_and_allocate is called before backward or after zero_grad (as from Trainer's on_step_end), or the "
-    "adapter took no part in this step (disabled, merged, or another adapter active)."
+    "Either update_and_allocate comes before backward or after zero_grad (Trainer's on_step_end), or the adapter took "
+    "no part in this step (disabled, merged)."
 )
-REMEDY = "Call it after backward and before zero_grad; in a Trainer, from on_optimizer_step."
-KEEPING = "peft_gradguard keeps each optimizer step's gradients until update_and_allocate has used them."
+REMEDY = "Call it after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step."
+KEEPING = "Until then the optimizer's gradients are kept for it."
 
-LATE = "The %d AdaLoRA parameters have no gradient %s, so this step scores nothing. %s %s From now on %s"
+LATE = "The %d AdaLoRA parameters have no gradient %s, so nothing is scored. %s %s %s"
 LATE_AND_ZERO = (
     "The %d AdaLoRA parameters have only gradients that are exactly zero %s, but the optimizer used others: "
-    "update_and_allocate is called after zero_grad(set_to_none=False), and its first call scored nothing. %s From now "
-    "on %s"
+    "update_and_allocate is called after zero_grad(set_to_none=False), and its first call scored nothing. %s %s"
 )
 ZERO = (
     "The %d AdaLoRA parameters have only gradients that are exactly zero %s, and the optimizer used these: such a step "
@@ -65,23 +65,34 @@ def say_late_and_zero(call: AllocatorCall, gradients: StepGradients) -> None:
 def _none_can_be_scored(call: AllocatorCall, gradients: StepGradients) -> None:
     reasons, said = gradients.reasons, call.memory.said
     excluded = EXCLUDED in reasons.values()
-    # Who excludes all that trains wants just that: its full rank.
-    if not call.scored and not excluded:
+    others = adapters_that_train(call.view.__wrapped__)
+    # Who excludes all that trains wants just that: its full rank. Scores are forgotten at the finalising step.
+    if not call.scored and not excluded and not call.memory.counts.has_scored():
         raise NoGradientError(
             f"All {len(reasons)} AdaLoRA parameters are frozen (requires_grad is False) and none was ever scored "
-            f"{call.at}, so AdaLoRA has nothing to train. Set requires_grad of those that shall train (for example "
-            f"model.set_adapter({call.allocator.adapter_name!r})), or leave out the call of update_and_allocate."
+            f"{call.at}, so AdaLoRA has nothing to train. {_how_to_thaw(call, others)}, or leave out the call of "
+            "update_and_allocate."
         )
     said.skips(reasons, call.step)
-    said.warn_once(
-        "all frozen",
-        "All %d AdaLoRA parameters are %s %s: nothing is scored or pruned, and the scores stay as they are, until "
-        "some of them %s again.",
-        len(reasons),
-        " or ".join(reason for reason in (EXCLUDED, FROZEN) if reason in reasons.values()),
-        call.at,
-        "take part" if excluded else "are trainable",
-    )
+    if excluded or not others:
+        said.warn_once(
+            "all frozen",
+            "All %d AdaLoRA parameters are %s %s: nothing is scored or pruned, and the scores stay as they are, until "
+            "some of them %s again.",
+            len(reasons),
+            " or ".join(reason for reason in (EXCLUDED, FROZEN) if reason in reasons.values()),
+            call.at,
+            "take part" if excluded else "are trainable",
+        )
+
+
+def _how_to_thaw(call: AllocatorCall, others: list[str]) -> str:
+    adapter = call.memory.adapter
+    if others:
+        return f"Adapter {others[0]!r} trains, which this allocator does not rank: give it an allocator of its own"
+    if idle_layers(call.view.__wrapped__, (p.module for p in call.parameters), adapter).disabled:
+        return "The adapter is disabled: call model.base_model.enable_adapter_layers()"
+    return f"Set requires_grad of those that shall train (for example model.set_adapter({adapter!r}))"
 
 
 def _late_call(call: AllocatorCall, gradients: StepGradients) -> None:

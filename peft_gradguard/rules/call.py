@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
 
     from ..memory.memory import Memory
+    from ..model.gradients import StepGradients
     from ..model.parameters import AdaLoraParameter, Triplet
 
 
@@ -31,6 +32,7 @@ class AllocatorCall:
     __slots__ = (
         "allocator",
         "any_usable",
+        "gradients",
         "is_pefts_alone",
         "memory",
         "ranked",
@@ -38,6 +40,7 @@ class AllocatorCall:
         "step",
         "usable",
         "view",
+        "was_looked_at",
     )
 
     def __init__(self, allocator: RankAllocator, model: torch.nn.Module, step: Any) -> None:
@@ -52,10 +55,14 @@ class AllocatorCall:
         self.is_pefts_alone = all(is_undisturbed(allocator, name) for name in METHODS)
         """Whether nobody else's code takes part in the call: no subclass, no other wrapper."""
         self.view = view_of(model, allocator.adapter_name, others=not self.is_pefts_alone)
+        self.was_looked_at = False
+        """Whether what is wrong at the door was looked for."""
         self.any_usable: bool | None = None
         """Whether there are usable gradients in the scoring under way; None outside of one."""
         self.usable: list[AdaLoraParameter] = []
         """What the last scoring of this call had to score."""
+        self.gradients: StepGradients | None = None
+        """What the last scoring of this call has found, until somebody takes it."""
         self.ranked: list[Triplet] | None = None
         """What was last found to be ranked in this call."""
 
@@ -109,6 +116,11 @@ def call_for(allocator: RankAllocator, model: Any) -> Iterator[AllocatorCall]:
     call = AllocatorCall(allocator, model, call.step if call is not None else None)
     with under_way(call):
         yield call
+
+
+def memory_for(allocator: RankAllocator) -> Memory:
+    """Return the memory of an allocator outside of a call, as where its adapter is loaded."""
+    return memory_of(allocator)
 
 
 def view_of(model: Any, adapter: str, others: bool) -> ModelView:

@@ -17,6 +17,11 @@ def note_step(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> 
     """Remember what an ``update_and_allocate`` has left."""
     counts, allocator = call.memory.counts, call.allocator
     counts.step = call.step
+    if pattern and call.ranked:
+        # From now on the pattern in the config is this training's.
+        call.memory.seen.came_with = None
+    if pattern:
+        call.memory.loaded = False
     if not call.scoring_is_due and call.scored:
         counts.importance = importance(allocator, call.parameters)
     if history_is_kept() and call.step is not None:
@@ -25,8 +30,9 @@ def note_step(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> 
 
 def _total_rank(call: AllocatorCall, pattern: RankPattern | None) -> int:
     """Count ranks by the last pattern; what it does not name has its full rank."""
-    in_force = pattern or call.allocator.peft_config.rank_pattern or {}
-    known = dict(pattern_by_full_name(call.parameters, in_force, call.allocator.adapter_name))
+    config, adapter = call.allocator.peft_config, call.allocator.adapter_name
+    in_force = pattern or call.memory.seen.own_pattern(config.rank_pattern, adapter, call.parameters)
+    known = dict(pattern_by_full_name(call.parameters, in_force, adapter))
     return sum(
         sum(known[parameter.name]) if parameter.name in known else parameter.parameter.size(0)
         for parameter in call.parameters

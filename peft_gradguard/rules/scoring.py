@@ -46,6 +46,9 @@ def scoring(call: AllocatorCall) -> Iterator[bool]:
             call.any_usable = None
             memory.counts.look(call.scored)
         memory.counts.add(call.step)
+        memory.scorings += bool(call.usable)
+        memory.seen.note_scoring(call.step, call.parameters, gradients)
+        call.gradients = gradients
     memory.late.scored(call.parameters, own=gradients.came and not gradients.lent)
 
 

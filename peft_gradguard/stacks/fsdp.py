@@ -55,13 +55,14 @@ def refuse_late_call(parameters: Sequence[AdaLoraParameter], at: str) -> None:
     if any(parameter.shard is not None for parameter in parameters):
         raise NoGradientError(
             f"None of the {len(parameters)} AdaLoRA parameters, sharded by FSDP2, has a gradient {at}: call "
-            "update_and_allocate after backward and before zero_grad (in a Trainer, from on_optimizer_step)."
+            "update_and_allocate after the optimizer's step and before zero_grad (in a Trainer, from "
+            "on_optimizer_step)."
         )
     if any(is_flattened_by_fsdp(parameter.parameter) for parameter in parameters):
         raise NoGradientError(
             f"None of the {len(parameters)} AdaLoRA parameters, sharded by FSDP, has a gradient {at}: call "
-            "update_and_allocate inside FSDP.summon_full_params(model, with_grads=True), after backward and before "
-            "zero_grad (in a Trainer, from on_optimizer_step)."
+            "update_and_allocate inside FSDP.summon_full_params(model, with_grads=True), after the optimizer's step "
+            "and before zero_grad (in a Trainer, from on_optimizer_step)."
         )
 
 

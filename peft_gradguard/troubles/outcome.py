@@ -1,23 +1,149 @@
-"""What the finalising step leaves, or would have left."""
+"""What is left in the end: no pattern, other ranks than asked for, or ranks that were never settled."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from ..wrapper import is_own
+from .ended import Ending, judge_at_the_end
+
 if TYPE_CHECKING:
+    from ..memory.memory import Memory
     from ..model.pattern import RankPattern
     from ..rules.call import AllocatorCall
 
+HALF = (torch.float16, torch.bfloat16)
 
-def warn_of_missed_finalising_step(call: AllocatorCall, rank_pattern: RankPattern | None) -> None:
-    """Warn where the final phase begins without its first step: PEFT forgets all scores there, and here are some."""
+
+def warn_of_ranks(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> None:
+    """Warn after a masking step where the ranks are not what the budget asks for, or nothing was there to rank."""
+    seen, finalising = call.memory.seen, not call.scoring_is_due
+    first, seen.settled = finalising and not seen.settled, seen.settled or finalising
+    if call.ranked is None or not all(is_own(call.allocator, name) for name in ("mask_to_budget", "budget_schedule")):
+        # A subclass may rank in its own way.
+        return
+    if first and not call.ranked:
+        _found(call, "nothing ranked", _nothing_ranked(call, pattern))
+    elif pattern and call.ranked and (first or budget > 0):
+        kept = sum(sum(keep) for keep in pattern.values())
+        if kept == 0 < budget or (first and kept != budget):
+            _found(call, "other ranks" if kept else "no rank left", _other_ranks(call, kept, budget))
+        elif first:
+            # What an earlier masking step has pruned, this one may have given back.
+            seen.troubles.pop("no rank left", None)
+
+
+def warn_in_final_phase(call: AllocatorCall, pattern: RankPattern | None) -> None:
+    """Warn where the final phase begins without its first step, at which PEFT settles the ranks."""
+    memory, config = call.memory, call.allocator.peft_config
+    seen, final = memory.seen, config.total_step - config.tfinal
+    if seen.settled:
+        return
+    seen.settled = True
     if call.scored:
-        config = call.allocator.peft_config
-        call.memory.said.warn_once(
-            "finalising step missed",
-            "update_and_allocate was never called with step %d (total_step - tfinal), at which AdaLoRA settles the "
-            "final ranks (adapter %r). %s Call it at every optimizer step.",
-            config.total_step - config.tfinal,
-            call.allocator.adapter_name,
-            "The pattern of the last masking step stays in force." if rank_pattern else "So no rank is pruned at all.",
+        last = memory.counts.step
+        jump = "" if last is None else f" The last call before it was step {last}."
+        follows = "The pattern of the last masking step stays in force." if pattern else "So no rank is pruned at all."
+        words = (
+            f"AdaLoRA's final ranks were not settled (adapter {memory.adapter!r}): update_and_allocate was never "
+            f"called with step {final} (total_step - tfinal).{jump} {follows} Call it at every optimizer step, with "
+            "the number of that step, not of samples or micro-batches."
         )
+    elif not pattern and memory.counts.step is None:
+        words = (
+            f"AdaLoRA prunes nothing (adapter {memory.adapter!r}): the first call of update_and_allocate came with a "
+            f"step beyond {final} (total_step - tfinal), so nothing was ever scored, and there is no rank pattern. "
+            "Give it the number of the optimizer step, from 1 on, not of samples or micro-batches, or raise total_step."
+        )
+    else:
+        return
+    _found(call, "finalising step missed", words)
+
+
+def judge_the_end_of(call: AllocatorCall) -> None:
+    """From the first call on, see at the allocator's end whether its ranks were settled."""
+    judge_at_the_end(call.allocator, _Early(call.memory))
+
+
+class _Early(Ending):
+    """Whether a training stops before its final ranks are settled."""
+
+    def judge(self) -> None:
+        words = stopped_early(self.memory)
+        if words is not None and self.has_seen_all():
+            self.memory.said.warn_once("stopped early", "%s", words)
+
+
+ENOUGH = 5
+"""The steps of a training; fewer are a trial."""
+
+
+def stopped_early(memory: Memory) -> str | None:
+    """Return what to say of a training whose last call came before the finalising step, if it is over."""
+    step, final = memory.counts.step, memory.seen.final_step
+    if memory.seen.settled or step is None or final is None or step >= final:
+        return None
+    if max((count.scored for count in memory.counts.of_each().values()), default=0) < ENOUGH:
+        return None
+    return (
+        f"AdaLoRA's ranks were never settled (adapter {memory.adapter!r}): the training stopped after step {step}, and "
+        f"that happens at step {final} (total_step - tfinal). So the target_r is not reached. Where it stopped early "
+        "on purpose, nothing is wrong; else set total_step to the number of its optimizer steps."
+    )
+
+
+def _found(call: AllocatorCall, topic: str, words: str | None) -> None:
+    if words is not None:
+        call.memory.seen.troubles[topic] = words
+        call.memory.said.warn_once(topic, "%s", words)
+
+
+def _nothing_ranked(call: AllocatorCall, pattern: RankPattern | None) -> str | None:
+    memory = call.memory
+    trainable = [p for p in call.parameters if p.parameter.requires_grad]
+    if not trainable or all(p.excluded for p in trainable):
+        # That was said, or asked for.
+        return None
+    scored = {name for name, count in memory.counts.of_each().items() if count.scored}
+    energies = [p.name for p in trainable if p.factor == "E" and not p.excluded]
+    if scored and not energies:
+        why = "no lora_E is trainable"
+    elif scored and not scored.intersection(energies):
+        why = "no lora_E ever had a gradient"
+    elif scored:
+        why = "no module has scores for lora_E and for lora_A or lora_B"
+    else:
+        why = "nothing was ever scored: this is the first call. Give it every step, from 1 on"
+    left = "the pattern that was there stays" if pattern else "no rank is pruned"
+    return (
+        f"AdaLoRA has nothing to rank at step {call.step}, at which the final ranks are settled (adapter "
+        f"{memory.adapter!r}), so {left}: {why}. print(peft_gradguard.report(model)) tells why."
+    )
+
+
+def _other_ranks(call: AllocatorCall, kept: int, budget: int) -> str:
+    settles = "keeps" if call.scoring_is_due else "ends with"
+    return f"AdaLoRA {settles} {kept} ranks where its budget allows {budget} {call.at}. {_why_other_ranks(call)}"
+
+
+def _why_other_ranks(call: AllocatorCall) -> str:
+    energies = [triplet.E for triplet in call.ranked or ()]
+    scores = [call.scored[e.name] for e in energies if e.name in call.scored]
+    kinds = {e.parameter.dtype for e in energies}.intersection(HALF)
+    if not all(bool(torch.isfinite(score).all()) for score in scores):
+        return "Some scores are not finite, as of gradients with NaN or inf that were scored without the guard."
+    if kinds:
+        kind = str(min(kinds, key=str)).removeprefix("torch.")
+        return (
+            f"Scores of adapters in {kind} underflow to zero or become equal, and ranks with equal scores go together. "
+            "Keep the adapter in float32: get_peft_model(..., autocast_adapter_dtype=True), and no model.half() or "
+            ".to(dtype) after it; with older PEFT, make the lora_ parameters float() before training."
+        )
+    if not any(bool(score.any()) for score in scores):
+        return (
+            "All scores of lora_E are zero, as of an adapter that does not train, and ranks with equal scores go "
+            "together. Does an optimizer hold its parameters, and is its learning rate above zero?"
+        )
+    return "Some ranks have equal scores, and PEFT prunes them together."

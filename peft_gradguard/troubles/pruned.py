@@ -1,4 +1,8 @@
-"""A pruned adapter that is trained on: PEFT counts its budget before it cuts the tensors to the pattern."""
+"""A pruned adapter that PEFT has cut, and that is trained on: its budget was counted before.
+
+With the guard on an adapter that lives stays whole (``checkpoints/load.py``). PEFT cuts it where the guard was off, or
+where ``ignore_mismatched_sizes`` was asked for.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +36,10 @@ def warn_of_pruned_adapter(call: AllocatorCall) -> None:
     if there is not None:
         call.memory.said.warn_once(
             "pruned",
-            "AdaLoRA's adapter %r was loaded with %d ranks, but its budget begins at %d, as PEFT counted it before it "
-            "cut the tensors. So update_and_allocate prunes too many ranks, or fails in torch.kthvalue, and PEFT "
-            "cannot load what is saved after it. To train these ranks on, leave out the calls; to allocate ranks anew, "
-            "train a fresh adapter.",
+            "AdaLoRA's adapter %r has %d ranks, but its budget begins at %d: PEFT cut it when it was loaded, without "
+            "peft_gradguard or with ignore_mismatched_sizes. So update_and_allocate prunes too many ranks, or fails in "
+            "torch.kthvalue, and PEFT cannot load what is saved after it. Load it again with the guard on; to train "
+            "just these ranks, leave out the calls.",
             call.allocator.adapter_name,
             there,
             call.allocator.init_bgt,
@@ -58,8 +62,8 @@ def advice_on_pruned_adapter(
     pruned = init - target
     will = f"leave {ranks - pruned} of {ranks} ranks" if 0 < pruned <= ranks else "fail in torch.kthvalue"
     yield (
-        f"This adapter was loaded with {there} ranks, but its budget begins at {allocator.init_bgt}: PEFT counted it "
-        f"before it cut the tensors. update_and_allocate will {will}, and PEFT cannot load what is saved after it. To "
-        "train these ranks on, never call update_and_allocate (no AdaLoraCallback either); to allocate ranks anew, "
-        "train a fresh adapter, for example on model.merge_and_unload()."
+        f"This adapter has {there} ranks, but its budget begins at {allocator.init_bgt}: PEFT cut it when it was "
+        "loaded, without peft_gradguard or with ignore_mismatched_sizes. "
+        f"update_and_allocate will {will}, and PEFT cannot load what is saved after it. Load it again with the guard "
+        "on; to train just these ranks, never call update_and_allocate (no AdaLoraCallback either)."
     )

@@ -1,70 +1,92 @@
 """Trainings that never call ``update_and_allocate``: nothing fails there, and no rank is ever allocated.
 
 One E of each allocator is watched while it gets gradients, until the first call. Its values change between two of them
-just where an optimizer trains it: a target, an average or a reference model is not taken for a training.
+just where an optimizer trains it: a target, an average or a reference model is not taken for a training. Where it is
+trained although its allocator has gone, there is none to call (``whose.py``).
 """
 
 from __future__ import annotations
 
-import atexit
-import os
 import weakref
-from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..switch import times_switched_off
+from ..model.pattern import pattern_by_full_name
+from .ended import Ending, anything_has_ended, judge_at_the_end, living, say_what_has_ended
+from .whose import PATTERN, anothers_pattern, without_allocator
 
 if TYPE_CHECKING:
     from ..memory.memory import Memory
     from ..rules.call import AllocatorCall
 
-_watches: dict[int, Watch] = {}
-_ended: deque[Watch] = deque()
-"""Those whose allocator has gone. Nothing is said from inside a garbage collection, which comes in the middle of
-anything: the next call, gradient or exit says it."""
+_orphans: dict[int, weakref.ref[Watch]] = {}
+"""By the id of its E, who watches an adapter whose allocator has gone."""
 
 
-class Watch:
+class Watch(Ending):
     """Whether the adapter of one allocator is trained. Keeps no model alive: ``r`` numbers, and the guard's memory."""
 
     # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
     __torch_unserializable__ = True
 
-    def __init__(self, memory: Memory, energy: torch.nn.Parameter, loaded: bool) -> None:
+    def __init__(self, memory: Memory, energy: torch.nn.Parameter, ranked: frozenset[int]) -> None:
+        super().__init__(memory)
+        self.ranked = ranked
+        """The ids of the parameters that the allocator ranks."""
+        self.cut_to: list[bool] = []
+        """Which of the ranks of E are kept by the pattern that the config came with."""
         self.trained = False
         """Whether its values were seen to change between two gradients."""
-        self._memory = memory
-        self._loaded = loaded
-        self._process = os.getpid()
-        self._times_off = times_switched_off()
         self._energy = weakref.ref(energy)
         self._first: torch.Tensor | None = None
+        self._done = False
+        """Whether there is nothing more to find out."""
+        self._orphaned = False
 
     def __call__(self, gradient: torch.Tensor) -> None:
         """See a gradient come (the hook on E)."""
-        if not (self.trained or self._memory.called or self._loaded):
+        if self.ended and not self._orphaned:
+            self._orphaned = True
+            self._be_an_orphan()
+        if not (self._done or self.trained or (self.memory.called and not self._orphaned)):
             energy = self._energy()
             if energy is not None and not torch.is_inference_mode_enabled():
                 self.trained = self._has_changed(energy)
-        if _ended:
+                if self.trained:
+                    self._say_whose(energy)
+        if anything_has_ended():
             say_what_has_ended()
 
     def judge(self) -> None:
         """Warn where the adapter was trained and the allocator never called."""
         # While the guard is off it sees no calls, and in a process forked off meanwhile it sees another training.
-        if self.trained and not self._memory.called and self._watched_all_along():
-            self._memory.said.warn_once(
+        if self.trained and not self.memory.called and self.has_seen_all():
+            self.memory.said.warn_once(
                 "never called",
                 "AdaLoRA's adapter %r was trained, but update_and_allocate was never called, so that all ranks stayed "
                 "as they started. Call model.base_model.update_and_allocate(step) after the optimizer's step and "
                 "before zero_grad; in a Trainer, from on_optimizer_step.",
-                self._memory.adapter,
+                self.memory.adapter,
             )
 
-    def _watched_all_along(self) -> bool:
-        return self._times_off == times_switched_off() and self._process == os.getpid()
+    def _be_an_orphan(self) -> None:
+        """Begin anew: the adapter gets gradients, and its allocator is gone."""
+        energy = self._energy()
+        self._done = not self.has_seen_all()
+        self.trained, self._first = False, None
+        if energy is not None and not self._done:
+            _orphans[id(energy)] = weakref.ref(self)
+
+    def _say_whose(self, energy: torch.nn.Parameter) -> None:
+        if not self._orphaned:
+            if self.memory.seen.came_with is not None and len(energy) == len(self.cut_to) and not all(self.cut_to):
+                self.memory.said.warn_once(PATTERN, "%s", anothers_pattern(self.memory.adapter))
+            return
+        self._done = True
+        adopted = any(isinstance(other, Watch) and id(energy) in other.ranked for other in living())
+        if _orphans.pop(id(energy), None) is not None and not adopted and self.has_seen_all():
+            self.memory.said.warn_once("no allocator", "%s", without_allocator(self.memory.adapter))
 
     def _has_changed(self, energy: torch.nn.Parameter) -> bool:
         # Only plain tensors are looked at: to compare shards would be a collective, and to read a value while a CUDA
@@ -82,48 +104,32 @@ class Watch:
 def watch_for_calls(call: AllocatorCall) -> None:
     """From a new allocator on, see at its end (at the latest when the interpreter exits) whether it was ever called."""
     memory, allocator = call.memory, call.allocator
-    energies = [p.parameter for p in call.parameters if p.factor == "E" and p.parameter.requires_grad]
-    if memory.watched or not energies:
+    if memory.watched or memory.called:
         return
-    # The last one: who freezes layers freezes the first ones.
-    energy = energies[-1]
-    memory.watched = True
-    # An adapter with a pattern but without a call was loaded, and may be trained on with the ranks that it has.
-    watch = Watch(memory, energy, loaded=bool(allocator.peft_config.rank_pattern))
-    energy.register_hook(watch)  # type: ignore[no-untyped-call]
-    _watches[id(allocator)] = watch
-    weakref.finalize(allocator, _end, id(allocator), watch).atexit = False
+    pattern = allocator.peft_config.rank_pattern or {}
+    memory.seen.came_with = dict(pattern) or None
+    energies = [p for p in call.parameters if p.factor == "E" and p.parameter.requires_grad]
+    # To load a pruned adapter, PEFT makes new parameters of those that its pattern names: it may be trained on with the
+    # ranks that it has. One with a pattern that is not loaded was given another training's config.
+    named = dict(pattern_by_full_name(call.parameters, pattern, allocator.adapter_name))
+    # Of the others the last one: who freezes layers freezes the first ones.
+    energies.reverse()
+    energies.sort(key=lambda p: (p.name not in named, all(named.get(p.name, ()))))
+    if energies:
+        memory.watched = True
+        watch = Watch(memory, energies[0].parameter, frozenset(id(p.parameter) for p in call.parameters))
+        watch.cut_to = list(named.get(energies[0].name, ()))
+        energies[0].parameter.register_hook(watch)  # type: ignore[no-untyped-call]
+        judge_at_the_end(allocator, watch)
     say_what_has_ended()
 
 
 def note_call(call: AllocatorCall) -> None:
     """Remember that the allocator was called, and say what is to be said of others."""
     call.memory.called = True
-    if _ended:
+    call.memory.calls += 1
+    for parameter in call.parameters if _orphans else ():
+        # Another allocator, a copy perhaps, has come in the place of the one that is gone.
+        _orphans.pop(id(parameter.parameter), None)
+    if anything_has_ended():
         say_what_has_ended()
-
-
-def say_what_has_ended() -> None:
-    """Judge the trainings whose allocator has gone."""
-    while _ended:
-        try:
-            watch = _ended.popleft()
-        except IndexError:
-            # Another thread was quicker.
-            return
-        watch.judge()
-
-
-def _end(allocator_id: int, watch: Watch) -> None:
-    _watches.pop(allocator_id, None)
-    if watch.trained:
-        _ended.append(watch)
-
-
-def _at_exit() -> None:
-    say_what_has_ended()
-    for watch in list(_watches.values()):
-        watch.judge()
-
-
-atexit.register(_at_exit)

@@ -23,8 +23,8 @@ def warn_of_unmatched_patterns(call: AllocatorCall) -> None:
     if unmatched and call.parameters:
         call.memory.said.warn_once(
             f"exclude {unmatched}",
-            "Nothing is excluded by %s: no AdaLoRA parameter of adapter %r has such a name. Patterns are matched with "
-            "whole names, such as %r.",
+            "peft_gradguard excludes nothing by %s: no AdaLoRA parameter of adapter %r has such a name. Patterns are "
+            "matched with whole names, such as %r.",
             ", ".join(map(repr, unmatched)),
             call.memory.adapter,
             PEFT_PREFIX + call.parameters[0].name,

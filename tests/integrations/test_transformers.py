@@ -277,7 +277,7 @@ def test_another_caller_is_left_to_it(said: Callable[[], list[str]]) -> None:
         found.append(model)
     # Ours runs first in any case, so the first step is scored twice before the other one is seen.
     assert len(said()) == 1
-    assert "Something else calls update_and_allocate in this training too (step 2)" in said()[0]
+    assert "leaves update_and_allocate to something else that calls it in this training too (step 2)" in said()[0]
     for one in found:
         assert sum(map(sum, one.peft_config["default"].rank_pattern.values())) == 4 * TARGET_R
 
@@ -293,7 +293,7 @@ def test_a_trainer_that_calls_by_itself_is_left_to_it(said: Callable[[], list[st
         run.train()
         found.append(weights(model))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
-    assert ["in this training too (step 1)" in message for message in said()] == [True]
+    assert sum("in this training too (step 1)" in message for message in said()) == 1
 
 
 def test_a_late_caller_beside_it_does_no_harm(said: Callable[[], list[str]]) -> None:
@@ -332,25 +332,6 @@ def best_of(model: peft.PeftModel, best: int, **arguments: Any) -> transformers.
         compute_metrics=lambda predicted: {"badness": float(next(evaluated) != best)},
         callbacks=[AdaLoraCallback()],
     )
-
-
-@pytest.mark.parametrize("best", [2, FINALISING // 2, FINALISING, TOTAL])
-def test_loading_the_best_at_the_end_is_warned_of(
-    model: peft.PeftModel, best: int, said: Callable[[], list[str]]
-) -> None:
-    run = best_of(model, best, load_best_model_at_end=True)
-    if best < FINALISING:
-        with pytest.raises(RuntimeError, match="size mismatch"):
-            run.train()
-    else:
-        run.train()
-    assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    assert said() == [
-        "load_best_model_at_end is set: this run will fail at its end (size mismatch) if the best checkpoint has other "
-        f"ranks than the model has then. Only those from step {FINALISING} on (total_step - tfinal) are sure to have "
-        "the same. Leave it out, give metric_for_best_model, and load the best one into a fresh model: "
-        "PeftModel.from_pretrained(base_model, trainer.state.best_model_checkpoint)."
-    ]
 
 
 def test_the_best_checkpoint_loads_into_a_fresh_model(model: peft.PeftModel, said: Callable[[], list[str]]) -> None:

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def listening() -> Callable[[], int]:
-    """How many listen to the steps of optimizers; none at first."""
-    from peft_gradguard.late import optimizers
+    """How many keep the gradients of optimizers; none at first."""
+    from peft_gradguard.late import kept, optimizers
 
     gc.collect()
     before = [listener() for listener in optimizers._listeners]
-    return lambda: len([one for one in optimizers._listeners if one() is not None and one() not in before])
+    found = lambda: [listener() for listener in optimizers._listeners]  # noqa: E731
+    return lambda: len([one for one in found() if isinstance(one, kept.KeptGradients) and one not in before])
 
 
 @pytest.fixture

@@ -54,6 +54,6 @@ def test_everything_frozen_is_named() -> None:
 def test_call_before_the_first_backward_is_named() -> None:
     model = build(SCENARIOS["frozen layer"])
     model.base_model.update_and_allocate(1)
-    with pytest.raises(peft_gradguard.NoGradientError, match=r"after backward and before zero_grad"):
+    with pytest.raises(peft_gradguard.NoGradientError, match=r"after the optimizer's step and before zero_grad"):
         model.base_model.update_and_allocate(2)
     assert model.base_model.rankallocator.exp_avg_ipt == {}

@@ -1,0 +1,97 @@
+"""Gradients that an optimizer uses and no call ever sees, as where one of two optimizers is cleared before the call."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from ..late.optimizers import StepListener, listen, listen_no_more
+from ..model.gradients import magnitudes
+from ..model.parameters import NO_GRADIENT
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model.gradients import StepGradients
+    from ..model.parameters import AdaLoraParameter
+    from ..rules.call import AllocatorCall
+
+TOPIC = "cleared"
+STEPS = 5
+"""So many steps of an optimizer without a gradient tell that these parameters rest."""
+CALLS = 50
+TWICE = 2
+
+
+class _Steps(StepListener):
+    """Which parameters optimizers step with a gradient between two calls."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.calls = 0
+        self.steps = 0
+        self.used: set[int] = set()
+        """The ids of parameters that had a gradient in a step since the last call."""
+        self.unseen: Counter[str] = Counter()
+        """How often that was so, and the call saw none."""
+        self.watch(parameters)
+
+    def before_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
+        """See which gradients the step has; a closure makes others."""
+        self.steps += 1
+        if not has_closure:
+            self._look(held)
+
+    def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
+        """See which gradients the step has left."""
+        self._look(held)
+
+    def _look(self, held: list[torch.nn.Parameter]) -> None:
+        there = [p for p in held if p.grad is not None and not p.grad.is_meta and id(p) not in self.used]
+        for parameter, size in zip(there, magnitudes([p.grad for p in there if p.grad is not None]), strict=True):
+            if size:
+                self.used.add(id(parameter))
+
+
+def watch_for_cleared_gradients(call: AllocatorCall, gradients: StepGradients) -> None:
+    """After a scoring that found no gradient of some parameters, see whether an optimizer has them, and warn once."""
+    seen = call.memory.seen
+    steps = seen.listeners.get(TOPIC)
+    if (steps is None and TOPIC in seen.listeners) or not gradients.came or gradients.lent:
+        return
+    waiting = [p for p in call.parameters if _was_never_seen(call, p, gradients)]
+    if not isinstance(steps, _Steps):
+        if waiting:
+            steps = seen.listeners[TOPIC] = _Steps([p.parameter for p in waiting])
+            listen(steps)
+        return
+    steps.unseen.update(p.name for p in waiting if id(p.parameter) in steps.used)
+    steps.calls += 1
+    steps.used = set()
+    found = [name for name, times in steps.unseen.items() if times >= TWICE]
+    if found:
+        _say(call, found)
+    if found or not waiting or (steps.steps >= STEPS and not steps.unseen) or steps.calls >= CALLS:
+        seen.listeners[TOPIC] = None
+        listen_no_more(steps)
+
+
+def _was_never_seen(call: AllocatorCall, parameter: AdaLoraParameter, gradients: StepGradients) -> bool:
+    """Say whether it is trainable, and neither this call nor one before has seen a gradient of it that is not zero."""
+    name = parameter.name
+    if parameter.shard is not None or parameter.excluded or not parameter.parameter.requires_grad:
+        return False
+    if gradients.reasons[name] == NO_GRADIENT:
+        return name not in call.scored
+    # Those of A and B may well be zero, as long as E is.
+    return name in gradients.zeros and parameter.factor == "E" and not bool(call.scored[name].any())
+
+
+def _say(call: AllocatorCall, names: list[str]) -> None:
+    are = f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+    words = call.memory.seen.troubles[TOPIC] = (
+        f"AdaLoRA never sees gradients that an optimizer uses {call.at}: those of {are} gone before each call, so "
+        "their modules are not ranked by what they learn. With several optimizers, call update_and_allocate after the "
+        "last one's step, and before the first zero_grad."
+    )
+    call.memory.said.warn_once(TOPIC, "%s", words)

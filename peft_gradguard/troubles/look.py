@@ -1,0 +1,61 @@
+"""When each trouble is looked for: four moments of an allocator's calls. Nothing that fails here stops a training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..log import harmless
+from .cleared import watch_for_cleared_gradients
+from .order import watch_the_order
+from .outcome import judge_the_end_of, warn_in_final_phase, warn_of_ranks
+from .pruned import warn_of_pruned_adapter
+from .reach import warn_of_unreached_adapter
+from .replaced import warn_of_replaced_methods
+from .schedule import warn_of_schedule
+from .uncalled import note_call
+from .whose import warn_of_another_adapter, warn_of_its_pattern
+
+if TYPE_CHECKING:
+    from ..model.pattern import RankPattern
+    from ..rules.call import AllocatorCall
+
+
+def look_at_the_door(call: AllocatorCall) -> None:
+    """Before anything else, at every call of any method."""
+    if call.was_looked_at:
+        return
+    first, call.was_looked_at = not call.memory.called, True
+    with harmless("look at an allocator"):
+        note_call(call)
+        if first:
+            judge_the_end_of(call)
+            warn_of_pruned_adapter(call)
+            warn_of_schedule(call)
+            warn_of_its_pattern(call)
+        warn_of_replaced_methods(call)
+        warn_of_another_adapter(call)
+
+
+def look_after_scoring(call: AllocatorCall) -> None:
+    """When PEFT has scored."""
+    gradients, call.gradients = call.gradients, None
+    if gradients is not None:
+        with harmless("look at what a step has scored"):
+            warn_of_unreached_adapter(call)
+            watch_for_cleared_gradients(call, gradients)
+
+
+def look_after_masking(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> None:
+    """When ``update_and_allocate`` is done, whether or not it has masked."""
+    config = call.allocator.peft_config
+    with harmless("look at what a step has left"):
+        call.memory.seen.final_step = config.total_step - config.tfinal
+        warn_of_ranks(call, budget, pattern)
+        watch_the_order(call, pattern)
+
+
+def look_in_final_phase(call: AllocatorCall, pattern: RankPattern | None) -> None:
+    """When ``mask_using_rank_pattern`` is called."""
+    with harmless("look at the final phase"):
+        warn_in_final_phase(call, pattern)
+        watch_the_order(call, pattern)

@@ -1,0 +1,143 @@
+"""Calls that come before the optimizer's step, which then writes over the mask.
+
+Seen around the first masking steps, by one E: such a step uses the gradient that the call has seen (or the call comes
+from inside of it, as from the closure that a framework gives it), and the next call sees another one. A call in time
+sees the gradient that the last step has left.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ..late.optimizers import StepListener, listen, listen_no_more
+from ..late.order import Order
+from ..model.marks import deepspeed_holds_gradient
+
+if TYPE_CHECKING:
+    from ..model.pattern import RankPattern
+    from ..rules.call import AllocatorCall
+
+TOPIC = "order"
+CALLS = 8
+"""So many calls may pass before it is left open."""
+
+
+class _Gradient(NamedTuple):
+    """A gradient, and how often torch had written to it."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+
+    def is_as_it_was(self, gradient: torch.Tensor | None) -> bool:
+        """Say whether this is the gradient, and nobody has written to it since."""
+        # By identity: equal references may be those to equal tensors.
+        return gradient is not None and self.tensor() is gradient and self.version == gradient._version
+
+
+class _Steps(StepListener):
+    """What the steps of optimizers do between two calls, to one E and with its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.uses_what_was_seen = False
+        """Whether a step since the last call has used the gradient which that call has seen."""
+        self.left: _Gradient | None = None
+        """The gradient as the last step has left it."""
+        self._seen: _Gradient | None = None
+        self._values: torch.Tensor | None = None
+        self._is_inside = True
+
+    def begin(self, energy: torch.nn.Parameter) -> None:
+        """From this call on, follow what happens to this E."""
+        self.calls += 1
+        self.uses_what_was_seen, self._is_inside = False, True
+        self.left, self._seen = None, _gradient_of(energy)
+        self._values = energy.detach().clone()
+        self.watch([energy])
+
+    def follows(self, energy: torch.nn.Parameter) -> bool:
+        """Say whether this is the E that is followed."""
+        return self._is_watched(energy)
+
+    def before_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
+        """See whether the step begins with the gradient that the call has seen; a closure makes others."""
+        self._is_inside = False
+        gradient = held[0].grad
+        if not has_closure and self._seen is not None and gradient is not None:
+            self.uses_what_was_seen |= self._seen.tensor() is gradient
+
+    def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
+        """See what the step has left. One that had begun before the call has changed E after it."""
+        energy = held[0]
+        if self._is_inside and self._values is not None:
+            self.uses_what_was_seen |= not torch.equal(self._values, energy.detach())
+        self._is_inside = False
+        self.left = _gradient_of(energy)
+
+
+def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
+    """After a call that masks, find out whether the calls come before the optimizer's step, and warn once."""
+    seen = call.memory.seen
+    steps = seen.listeners.get(TOPIC)
+    if steps is None and TOPIC in seen.listeners:
+        return
+    if steps is None and (not pattern or all(map(all, pattern.values()))):
+        # Nothing is pruned yet.
+        return
+    energies = [p for p in call.parameters if p.factor == "E" and p.shard is None and _is_plain(p.parameter)]
+    if not energies or call.memory.late.order is not Order.IN_TIME:
+        _close(call, steps)
+        return
+    energy = energies[0].parameter
+    if not isinstance(steps, _Steps):
+        steps = _Steps()
+        seen.listeners[TOPIC] = steps
+        listen(steps)
+    elif steps.left is not None and steps.follows(energy):
+        before = steps.uses_what_was_seen and not steps.left.is_as_it_was(energy.grad)
+        if before or steps.left.is_as_it_was(energy.grad) or steps.calls >= CALLS:
+            _close(call, steps)
+            if before:
+                _say(call)
+            return
+    steps.begin(energy)
+
+
+def _close(call: AllocatorCall, steps: StepListener | None) -> None:
+    call.memory.seen.listeners[TOPIC] = None
+    if steps is not None:
+        listen_no_more(steps)
+
+
+def _say(call: AllocatorCall) -> None:
+    words = call.memory.seen.troubles[TOPIC] = (
+        f"AdaLoRA's update_and_allocate is called before the optimizer's step {call.at}. The step writes over the "
+        "mask: pruned ranks come back in memory, but not in what is saved, and the two give other results. Call it "
+        "after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step."
+    )
+    call.memory.said.warn_once(TOPIC, "%s", words)
+
+
+def _is_plain(parameter: torch.nn.Parameter) -> bool:
+    """Say whether this is a parameter whose own gradient an optimizer steps, and whose values may be looked at."""
+    gradient = parameter.grad
+    return (
+        parameter.requires_grad
+        and gradient is not None
+        and not gradient.is_inference()
+        and not deepspeed_holds_gradient(parameter)
+        and type(parameter.detach()) is torch.Tensor
+        and not parameter.is_meta
+        and not (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _gradient_of(energy: torch.nn.Parameter) -> _Gradient | None:
+    gradient = energy.grad
+    if gradient is None or gradient.is_inference():
+        return None
+    return _Gradient(weakref.ref(gradient), gradient._version)
