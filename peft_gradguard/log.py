@@ -41,11 +41,11 @@ def said_level() -> int:
 def distributed_rank() -> int:
     """Return this process' rank: torch.distributed's where it is initialised, else the launcher's ``RANK``, else 0.
 
-    A launcher sets ``WORLD_SIZE`` too. ``RANK`` alone may be anything, such as the rank of an adapter.
+    A launcher sets ``WORLD_SIZE`` too, above it. Any other ``RANK`` may be anything, such as the rank of an adapter.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         rank: int = distributed.get_rank()
         return rank
     given, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return int(given) if given.isdecimal() and size.isdecimal() else 0
+    return int(given) if given.isdecimal() and size.isdecimal() and int(given) < int(size) else 0

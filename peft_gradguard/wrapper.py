@@ -162,9 +162,15 @@ def is_own(allocator: RankAllocator, name: str) -> bool:
 
 def is_undisturbed(allocator: RankAllocator, name: str) -> bool:
     """Say whether a call of this method meets the guard and PEFT's code only: nobody else overrides or wraps it."""
+    return undisturbed(allocator, name) is not None
+
+
+def undisturbed(allocator: RankAllocator, name: str) -> FunctionType | None:
+    """Return PEFT's function, where a call of this method meets the guard and it only."""
     found = _found_first(allocator, name)
     # What functools.wraps makes has the module's name of what it wraps, but not its globals.
-    return type(found) is GuardWrapper and _is_pefts(found.__wrapped__)
+    wrapped: Any = found.__wrapped__ if type(found) is GuardWrapper else None
+    return wrapped if _is_pefts(wrapped) else None
 
 
 def is_pefts(allocator: RankAllocator, *names: str) -> bool:

@@ -35,11 +35,14 @@ def test_other_ranks_of_a_distributed_run_log_at_debug(
 
 
 @pytest.mark.peft
-def test_rank_without_a_world_size_is_somebody_elses_variable(
-    model: peft.PeftModel, records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [None, "", "1", "8", "many"])
+def test_rank_without_a_larger_world_size_is_somebody_elses_variable(
+    model: peft.PeftModel, records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, size: str | None
 ) -> None:
     monkeypatch.setenv("RANK", "8")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
     frozen("trunk.0", "lora_A")(model, 0)
     advance(model, 1)
     assert [record.levelname for record in records] == ["WARNING"]

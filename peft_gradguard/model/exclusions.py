@@ -50,7 +50,9 @@ def exclude(*patterns: str) -> Exclusion:
 
     ``patterns``: shell-style (``*``, ``?``, ``[...]``), matched with the whole name, case included, as
     ``PeftModel.named_parameters()`` gives it or as the guard logs it (without ``base_model.model.`` at its front):
-    ``"*.classifier.*"``. It holds for every training in this process while the guard is on, from the next allocator
+    ``"*.classifier.*"``. The exact name always matches, whatever signs are in it.
+
+    It holds for every training in this process while the guard is on, from the next allocator
     step until the handle that is returned is undone (``undo()``, or the end of a ``with`` block).
     """
     if not patterns:
@@ -114,4 +116,6 @@ def unmatched_patterns(parameters: Sequence[AdaLoraParameter]) -> list[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(PEFT_PREFIX + name, pattern)
+    # The very name first: a module's name may hold brackets, which are signs in a pattern.
+    names = name, PEFT_PREFIX + name
+    return pattern in names or any(fnmatchcase(each, pattern) for each in names)

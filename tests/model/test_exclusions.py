@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
 from fresh import python_path
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     import logging
     from collections.abc import Iterator
     from pathlib import Path
-
-    import peft
 
 BRANCH = [f"branch.{layer}.lora_{factor}.default" for layer in (0, 2) for factor in "ABE"]
 
@@ -180,6 +179,27 @@ def test_late_calls_are_still_rescued(
     scored = model.base_model.rankallocator.exp_avg_ipt
     assert scored
     assert not [name for name in scored if name.startswith("branch.")]
+
+
+@pytest.mark.parametrize("key", ["block[0]", "block]x[", "[!a]", "q*", "w?", "[a-"])
+@pytest.mark.parametrize("front", ["", "base_model.model."])
+def test_exact_name_excludes_whatever_signs_are_in_it(key: str, front: str, records: list[logging.LogRecord]) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = torch.nn.ModuleDict({key: torch.nn.Linear(4, 4), "other": torch.nn.Linear(4, 4)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.parts["other"](self.parts[key](x))
+
+    config = peft.AdaLoraConfig(target_modules=r".*parts\..+", init_r=4, target_r=2, total_step=9, tinit=1, tfinal=1)
+    model = peft.get_peft_model(Net(), config)
+    with peft_gradguard.exclude(f"{front}parts.{key}.lora_E.default"):
+        model(torch.ones(2, 4)).pow(2).mean().backward()
+        model.base_model.update_and_allocate(1)
+    assert len(model.base_model.rankallocator.exp_avg_ipt) == 5
+    assert f"parts.{key}.lora_E.default" not in model.base_model.rankallocator.exp_avg_ipt
+    assert not [record for record in records if "Nothing is excluded" in record.getMessage()]
 
 
 def test_names_are_matched_once(model: peft.PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
