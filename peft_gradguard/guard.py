@@ -51,7 +51,8 @@ def update_and_allocate(
         warn_of_replaced_methods(call)
         if not call.memory.called:
             warn_of_pruned_adapter(call)
-    note_call(call)
+    with harmless("note a call"):
+        note_call(call)
     due = call.scoring_is_due
     if not due:
         call.memory.late.stop()
@@ -77,7 +78,8 @@ def update_ipt(
     ``update_and_allocate`` sees it.
     """
     with call_for(allocator, model) as call:
-        note_call(call)
+        with harmless("note a call"):
+            note_call(call)
         with scoring(call) as any_usable:
             if any_usable:
                 peft(call.view) if rest or more else score(call, peft)
@@ -94,7 +96,8 @@ def budget_schedule(
     """
     call = call_under_way(allocator)
     if call is not None:
-        warn_of_overlap(call)
+        with harmless("look at modules_to_save"):
+            warn_of_overlap(call)
         settled(call)
     return peft()
 
@@ -107,9 +110,10 @@ def mask_to_budget(
     PEFT forgets all scores at its finalising step, and loops that call once per micro-batch come again with that step.
     """
     with call_for(allocator, model) as call:
-        note_call(call)
-        warn_of_unmatched_patterns(call)
-        warn_of_overlap(call)
+        with harmless("look at what is to be masked"):
+            note_call(call)
+            warn_of_unmatched_patterns(call)
+            warn_of_overlap(call)
         if settled(call) or ranks_in_its_own_way(call):
             pattern = peft(call.view)
             keep_masks(call.parameters, pattern)
@@ -129,9 +133,10 @@ def mask_using_rank_pattern(
 ) -> None:
     """In the final phase, mask only names in the pattern (``RankAllocator.mask_using_rank_pattern``)."""
     with call_for(allocator, model) as call:
-        note_call(call)
+        with harmless("look at the final phase"):
+            note_call(call)
+            warn_of_missed_finalising_step(call, rank_pattern)
         call.memory.late.stop()
-        warn_of_missed_finalising_step(call, rank_pattern)
         masked = pattern_to_mask(call, rank_pattern)
         if masked:
             peft(call.view, masked)

@@ -65,8 +65,9 @@ def say_late_and_zero(call: AllocatorCall, gradients: StepGradients) -> None:
 def _none_can_be_scored(call: AllocatorCall, gradients: StepGradients) -> None:
     reasons, said = gradients.reasons, call.memory.said
     excluded = EXCLUDED in reasons.values()
-    # Who excludes all that trains wants just that: its full rank.
-    if not call.scored and not excluded:
+    # Who excludes all that trains wants just that: its full rank. Where gradients are there, all was frozen since the
+    # backward, perhaps for a moment only.
+    if not (call.scored or excluded or any(p.parameter.grad is not None for p in call.parameters)):
         raise NoGradientError(
             f"All {len(reasons)} AdaLoRA parameters are frozen (requires_grad is False) and none was ever scored "
             f"{call.at}, so AdaLoRA has nothing to train. Set requires_grad of those that shall train (for example "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..log import harmless
 from ..switch import times_switched_off
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ anything: the next call, gradient or exit says it."""
 
 
 class Watch:
-    """Whether the adapter of one allocator is trained. Keeps no model alive: ``r`` numbers, and the guard's memory."""
+    """Whether the adapter of one allocator is trained. Keeps no model alive: ``r`` numbers, and the guard's memory.
+
+    It holds its E until its allocator goes: ``torch.utils.swap_tensors``, which ``Module.to`` may use, refuses tensors
+    that are known weakly.
+    """
 
     # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
     __torch_unserializable__ = True
@@ -39,17 +44,25 @@ class Watch:
         self._loaded = loaded
         self._process = os.getpid()
         self._times_off = times_switched_off()
-        self._energy = weakref.ref(energy)
+        self._energy: torch.nn.Parameter | None = energy
         self._first: torch.Tensor | None = None
 
     def __call__(self, gradient: torch.Tensor) -> None:
         """See a gradient come (the hook on E)."""
-        if not (self.trained or self._memory.called or self._loaded):
-            energy = self._energy()
+        # Whatever goes wrong here would make somebody's backward fail.
+        with harmless("see whether an adapter is trained"):
+            energy = self._energy
             if energy is not None and not torch.is_inference_mode_enabled():
-                self.trained = self._has_changed(energy)
-        if _ended:
-            say_what_has_ended()
+                if self.trained or self._memory.called or self._loaded:
+                    self.release()
+                else:
+                    self.trained = self._has_changed(energy)
+            if _ended:
+                say_what_has_ended()
+
+    def release(self) -> None:
+        """Look no more."""
+        self._energy = self._first = None
 
     def judge(self) -> None:
         """Warn where the adapter was trained and the allocator never called."""
@@ -116,6 +129,7 @@ def say_what_has_ended() -> None:
 
 def _end(allocator_id: int, watch: Watch) -> None:
     _watches.pop(allocator_id, None)
+    watch.release()
     if watch.trained:
         _ended.append(watch)
 
