@@ -90,10 +90,10 @@ def test_first_call_for_a_pruned_adapter_warns(tmp_path: Path, said: Callable[[]
     assert said() == []
     advance(model, 1, 2)
     assert said() == [
-        "AdaLoRA's adapter 'default' has 12 ranks, but its budget begins at 24: PEFT cut it when it was loaded, without "
-        "peft_gradguard or with ignore_mismatched_sizes. So update_and_allocate prunes too many ranks, or fails in "
-        "torch.kthvalue, and PEFT cannot load what is saved after it. Load it again with the guard on; to train just "
-        "these ranks, leave out the calls."
+        "AdaLoRA's adapter 'default' has 12 ranks, but its budget begins at 24: PEFT cut it when it was loaded, "
+        "without peft_gradguard or with ignore_mismatched_sizes. So update_and_allocate prunes too many ranks, or "
+        "fails in torch.kthvalue, and PEFT cannot load what is saved after it. Load it again with the guard on; to "
+        "train just these ranks, leave out the calls."
     ]
 
 
