@@ -25,6 +25,7 @@ from ..model.pattern import pattern_by_full_name
 from ..model.tuners import tuners_in
 from ..model.walk import adalora_parameters
 from ..rules.importance import importance
+from ..troubles.whose import without_model
 from .advice import Look, advice
 from .facts import AdapterReport, ModuleReport, ParameterReport, trained
 from .report import Report
@@ -46,10 +47,7 @@ def build(model: object) -> Report:
 
 def _nothing_found(model: object) -> str:
     if isinstance(model, torch.nn.Module) and any(hasattr(module, "lora_E") for module in model.modules()):
-        return (
-            f"report() was given a {type(model).__name__} with AdaLoRA layers but without the AdaLoraModel around "
-            "them, which holds the rank allocator: give it the PeftModel (or what wraps it)."
-        )
+        return f"AdaLoRA's report was given {without_model(type(model).__name__)}"
     return (
         f"report() was given a {type(model).__name__}, in which there is no AdaLoRA model: give it what get_peft_model "
         "returned for an AdaLoraConfig, or what wraps it (DDP, torch.compile, accelerate, DeepSpeed)."

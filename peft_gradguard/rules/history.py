@@ -17,6 +17,9 @@ def note_step(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> 
     """Remember what an ``update_and_allocate`` has left."""
     counts, allocator = call.memory.counts, call.allocator
     counts.step = call.step
+    if pattern and call.ranked:
+        # From now on the pattern in the config is this training's.
+        call.memory.seen.came_with = None
     if pattern:
         call.memory.loaded = False
     if not call.scoring_is_due and call.scored:

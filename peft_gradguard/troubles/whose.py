@@ -57,6 +57,16 @@ def without_allocator(adapter: str) -> str:
     )
 
 
+def without_model(kind: str) -> str:
+    """Return what to say of a model of this class, in which there are AdaLoRA layers, but no ``AdaLoraModel``."""
+    return (
+        f"a {kind} with AdaLoRA layers but without the AdaLoraModel around them, which holds the rank allocator: give "
+        "it the PeftModel (or what wraps it). inject_adapter_in_model, add_adapter and mixed models (PeftMixedModel) "
+        "make none, and allocate no ranks: use get_peft_model(model, config), or AdaLoraModel(model, config, "
+        "adapter_name)."
+    )
+
+
 def strange_pattern(seen: Seen, config: Any, adapter: str, parameters: Sequence[AdaLoraParameter]) -> Iterator[str]:
     """Say what is strange about the ``rank_pattern`` of this adapter's config, if anything."""
     pattern = config.rank_pattern or {}

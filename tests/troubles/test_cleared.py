@@ -1,0 +1,98 @@
+"""Two optimizers, one of which is cleared before the call: what it trains is never ranked, or loses its ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from situations import TOTAL, call, loss_of, make, optimizer_of
+
+import peft_gradguard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.peft
+
+NAMED = "AdaLoRA never sees gradients that an optimizer uses"
+
+
+def named(said: Callable[[], list[str]]) -> list[str]:
+    return [text for text in said() if NAMED in text]
+
+
+def train_with_two(model: Any, early: bool, steps: range = range(1, TOTAL + 1), **zero_grad: Any) -> None:
+    one, other = optimizer_of(model, "first"), optimizer_of(model, "second")
+    for step in steps:
+        loss_of(model, step).backward()
+        one.step()
+        if early:
+            one.zero_grad(**zero_grad)
+        other.step()
+        call(model, step)
+        one.zero_grad(**zero_grad)
+        other.zero_grad(**zero_grad)
+
+
+@pytest.mark.parametrize("zero_grad", [{}, {"set_to_none": False}])
+@pytest.mark.parametrize("early", [True, False])
+def test_first_of_two_optimizers_cleared_before_the_call(
+    said: Callable[[], list[str]], zero_grad: dict[str, bool], early: bool
+) -> None:
+    model = make()
+    train_with_two(model, early, **zero_grad)
+    assert len(named(said)) == early
+    if early:
+        assert "(adapter 'default', step 3)" in named(said)[0]
+        assert "first.lora_" in named(said)[0]
+        assert "before the first zero_grad" in named(said)[0]
+        assert named(said)[0] in peft_gradguard.report(model).adapters[0].advice
+
+
+@pytest.mark.parametrize("rests", [range(1, 8), range(1, TOTAL + 1), range(2, TOTAL, 2)])
+@pytest.mark.parametrize("zero_grad", [{}, {"set_to_none": False}])
+def test_layer_that_rests_is_no_such_case(
+    said: Callable[[], list[str]], rests: range, zero_grad: dict[str, bool]
+) -> None:
+    model = make()
+    optimizer = optimizer_of(model)
+    for step in range(1, TOTAL + 1):
+        hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        if step not in rests:
+            hidden = model.base_model.model.first(hidden)
+        model.base_model.model.second(hidden).square().mean().backward()
+        optimizer.step()
+        call(model, step)
+        optimizer.zero_grad(**zero_grad)
+    assert not named(said)
+
+
+def test_layer_in_some_micro_batches_only(said: Callable[[], list[str]]) -> None:
+    model = make()
+    optimizer = optimizer_of(model)
+    for step in range(1, TOTAL + 1):
+        for batch in range(2):
+            hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(2 * step + batch))
+            if batch == 1:
+                hidden = model.base_model.model.first(hidden)
+            model.base_model.model.second(hidden).square().mean().backward()
+            call(model, step)
+            if batch == 1:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert not named(said)
+
+
+def test_layer_that_no_optimizer_holds(said: Callable[[], list[str]]) -> None:
+    from peft_gradguard.late import optimizers
+
+    model = make()
+    optimizer = optimizer_of(model, "second")
+    for step in range(1, TOTAL + 1):
+        model.base_model.model.second(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+        call(model, step)
+        optimizer.zero_grad()
+    assert not named(said)
+    assert sum(reference() is not None for reference in optimizers._listeners) <= 1

@@ -1,0 +1,189 @@
+"""Calls that come before the optimizer's step, and the orders that only look like it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from situations import TOTAL, call, loss_of, make, optimizer_of, train
+
+import peft_gradguard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.peft
+
+NAMED = "is called before the optimizer's step"
+
+
+def named(said: Callable[[], list[str]]) -> list[str]:
+    return [text for text in said() if NAMED in text]
+
+
+def listening() -> list[Any]:
+    from peft_gradguard.late import optimizers
+
+    return [one for reference in optimizers._listeners if (one := reference()) is not None]
+
+
+@pytest.mark.parametrize("order", ["before", "inside"])
+@pytest.mark.parametrize("zero_grad", [{}, {"set_to_none": False}])
+def test_call_before_the_step_is_named_once(
+    said: Callable[[], list[str]], order: str, zero_grad: dict[str, bool]
+) -> None:
+    model = make()
+    train(model, order=order, **zero_grad)
+    assert len(named(said)) == 1
+    assert "after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step" in named(said)[0]
+    assert named(said)[0] in peft_gradguard.report(model).adapters[0].advice
+    assert not listening()
+
+
+@pytest.mark.parametrize("order", ["in time", "late"])
+@pytest.mark.parametrize("zero_grad", [{}, {"set_to_none": False}])
+def test_other_orders_are_not(said: Callable[[], list[str]], order: str, zero_grad: dict[str, bool]) -> None:
+    train(make(), order=order, **zero_grad)
+    assert not named(said)
+
+
+def test_it_listens_for_two_steps_only(said: Callable[[], list[str]]) -> None:
+    model = make()
+    optimizer = optimizer_of(model)
+    before = len(listening())
+    heard = []
+    for step in range(1, TOTAL + 1):
+        train(model, [step], optimizer=optimizer)
+        heard.append(len(listening()) - before)
+    assert heard == [0, 0, 1, *[0] * (TOTAL - 3)]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_scaler_that_unscales_after_the_call(said: Callable[[], list[str]], clip: bool) -> None:
+    model = make()
+    optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    for step in range(1, 9):
+        scaler.scale(loss_of(model, step)).backward()
+        call(model, step)
+        if clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert len(named(said)) == 1
+
+
+@pytest.mark.parametrize("skipped", [[], [3, 4, 5], range(1, 7)])
+def test_scaler_in_time(said: Callable[[], list[str]], skipped: list[int]) -> None:
+    model = make()
+    optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    for step in range(1, TOTAL + 1):
+        scaler.scale(loss_of(model, step) * (float("inf") if step in skipped else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        call(model, step)
+        optimizer.zero_grad()
+    assert not named(said)
+
+
+@pytest.mark.parametrize("calls", ["at each micro-batch", "after the step"])
+@pytest.mark.parametrize("zero_grad", [{}, {"set_to_none": False}])
+def test_accumulated_gradients_in_time(said: Callable[[], list[str]], calls: str, zero_grad: dict[str, bool]) -> None:
+    model = make()
+    optimizer = optimizer_of(model)
+    for step in range(1, TOTAL + 1):
+        for batch in range(3):
+            (loss_of(model, 3 * step + batch) / 3).backward()
+            if batch == 2:
+                optimizer.step()
+            if batch == 2 or calls == "at each micro-batch":
+                call(model, step)
+        optimizer.zero_grad(**zero_grad)
+    assert not named(said)
+
+
+@pytest.mark.parametrize("zero_grad", [{}, {"set_to_none": False}])
+def test_call_at_each_micro_batch_before_the_step(said: Callable[[], list[str]], zero_grad: dict[str, bool]) -> None:
+    model = make()
+    optimizer = optimizer_of(model)
+    for step in range(1, TOTAL + 1):
+        for batch in range(3):
+            (loss_of(model, 3 * step + batch) / 3).backward()
+            call(model, step)
+        optimizer.step()
+        optimizer.zero_grad(**zero_grad)
+    assert len(named(said)) == 1
+
+
+def test_calls_before_and_after_the_step_leave_the_mask(said: Callable[[], list[str]]) -> None:
+    model = make()
+    optimizer = optimizer_of(model)
+    for step in range(1, TOTAL + 1):
+        loss_of(model, step).backward()
+        call(model, step)
+        optimizer.step()
+        call(model, step)
+        optimizer.zero_grad()
+    assert not named(said)
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "SGD"])
+def test_closures_in_time(said: Callable[[], list[str]], kind: str) -> None:
+    model = make()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=3) if kind == "LBFGS" else torch.optim.SGD(parameters, lr=0.1)
+    for step in range(1, TOTAL + 1):
+
+        def closure(step: int = step) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        call(model, step)
+    assert not named(said)
+
+
+def test_call_from_a_hook_after_the_step(said: Callable[[], list[str]]) -> None:
+    model = make()
+    optimizer, steps = optimizer_of(model), iter(range(1, TOTAL + 1))
+    optimizer.register_step_post_hook(lambda *_: call(model, next(steps)))
+    train(model, range(1, TOTAL + 1), optimizer=optimizer, allocate=lambda model, step: None)
+    assert not named(said)
+
+
+def test_several_optimizers(said: Callable[[], list[str]]) -> None:
+    model = make()
+    optimizers = [optimizer_of(model, "first"), optimizer_of(model, "second")]
+    for step in range(1, TOTAL + 1):
+        loss_of(model, step).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        call(model, step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert not named(said)
+
+
+def test_optimizer_that_writes_by_data(said: Callable[[], list[str]]) -> None:
+    class ByData(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+
+        def step(self, closure: Callable[[], None] | None = None) -> None:
+            if closure is not None:
+                closure()
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-0.1)
+
+    for order, times in (("in time", 0), ("before", 1), ("inside", 1)):
+        model = make()
+        train(model, order=order, optimizer=ByData([p for p in model.parameters() if p.requires_grad]))
+        assert len(named(said)) - times == 0 or order == "inside"
+    assert len(named(said)) == 2
