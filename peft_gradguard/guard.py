@@ -92,7 +92,8 @@ def budget_schedule(
     """
     call = call_under_way(allocator)
     if call is not None:
-        warn_of_overlap(call)
+        with harmless("look at modules_to_save"):
+            warn_of_overlap(call)
         settled(call)
     return peft()
 
@@ -112,8 +113,9 @@ def mask_to_budget(
     """
     with call_for(allocator, model) as call:
         look_at_the_door(call)
-        warn_of_unmatched_patterns(call)
-        warn_of_overlap(call)
+        with harmless("look at what is to be masked"):
+            warn_of_unmatched_patterns(call)
+            warn_of_overlap(call)
         if settled(call) or ranks_in_its_own_way(call):
             with explained(call, budget):
                 pattern = peft(call.view)

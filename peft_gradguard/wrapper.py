@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import wrapt
 from .switch import is_enabled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import ModuleType
 
     from peft.tuners.adalora import RankAllocator
@@ -43,6 +44,9 @@ LOADING: dict[str, tuple[str, ...]] = {
     ),
 }
 """The wrapped methods of ``AdaLoraModel``: what PEFT and torch call where an adapter is saved and loaded."""
+
+DEEPEST = 100
+"""So many wrappers are looked beneath: some objects (``mock.call``) answer to ``__wrapped__`` for ever."""
 
 
 class GuardWrapper(wrapt.FunctionWrapper):  # type: ignore[misc, type-arg, unused-ignore]
@@ -145,13 +149,17 @@ def mismatch(
 
 def is_guarded(method: Any) -> bool:
     """Say whether the guard's wrapper is in this chain of wrappers, at the top or beneath somebody else's."""
-    while method is not None:
+    for _ in range(DEEPEST):
         # Not isinstance: a wrapt proxy answers with the class of what it wraps.
         if type(method) is MethodType:
             method = method.__func__
         if type(method) is GuardWrapper:
             return True
-        method = getattr(method, "__wrapped__", None)
+        try:
+            method = method.__wrapped__
+        except Exception:
+            # Mostly there is none; and a proxy may raise whatever it likes.
+            return False
     return False
 
 
@@ -186,18 +194,40 @@ def scores_by_gradients(allocator: RankAllocator) -> bool:
     """
     found, seen = [_found_first(allocator, "update_ipt")], {"super"}
     for _ in range(3):
-        functions = [getattr(function, "__func__", function) for function in found]
-        if any(map(is_guarded, functions)):
+        if any(map(is_guarded, found)):
             return True
+        functions = [function.__func__ if type(function) is MethodType else function for function in found]
         found = []
         for function in (function for function in functions if type(function) is FunctionType):
-            names = {used for code in _codes(function.__code__) for used in code.co_names}
+            names = _names_in(function)
             if names & {"grad", "safe_get_full_grad", "update_ipt"}:
                 return True
-            found += [_found_first(allocator, used) or function.__globals__.get(used) for used in names - seen]
-            found += inspect.getclosurevars(function).nonlocals.values()
+            found += [_found_first(allocator, used) for used in names - seen] + _known_to(function, names - seen)
             seen |= names
     return False
+
+
+def leads_to_guard(method: Any) -> bool:
+    """Say whether this is the guard's wrapper, is around it, or is a function or a ``partial`` that may call it."""
+    function = getattr(method, "func", method)
+    function = function.__func__ if type(function) is MethodType else function
+    known = _known_to(function, _names_in(function)) if type(function) is FunctionType else []
+    return any(map(is_guarded, [method, function, *known]))
+
+
+def _names_in(function: FunctionType) -> set[str]:
+    return {used for code in _codes(function.__code__) for used in code.co_names}
+
+
+def _known_to(function: FunctionType, names: Iterable[str]) -> list[Any]:
+    """Return what a function finds under these names among its globals, in its closure, and as default arguments."""
+    known = [*map(function.__globals__.get, names), *(function.__defaults__ or ())]
+    known += (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        # It is empty where the variable was deleted.
+        with suppress(ValueError):
+            known.append(cell.cell_contents)
+    return known
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

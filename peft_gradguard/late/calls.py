@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .kept import KeptGradients
@@ -20,7 +20,7 @@ class LateCalls:
 
     def __init__(self) -> None:
         self.order = Order.IN_TIME
-        self._kept: KeptGradients | None = None
+        self._kept = KeptGradients()
         self._without_step = 0
         """The calls in a row without gradients, each after a backward, but after no step of an optimizer."""
 
@@ -39,18 +39,18 @@ class LateCalls:
 
         For all parameters or none: one of this step's gradients beside those of the last would mix two steps.
         """
-        with self._kept.lent(parameters) if self._kept else nullcontext(False) as any_lent:
+        with self._kept.lent(parameters) as any_lent:
             yield any_lent
 
     def found(self, found: Found, parameters: Sequence[AdaLoraParameter], *, never_scored: bool) -> Verdict:
         """Take note of what a call without gradients of its own has found."""
-        if self._kept is None:
-            self._kept = KeptGradients(parameters)
+        if not self._kept.listens:
+            self._kept.begin(parameters)
         return self._turn(found, never_scored=never_scored)
 
     def scored(self, parameters: Sequence[AdaLoraParameter], *, own: bool) -> None:
         """After a call: it has scored these parameters' own gradients, or else those that they were lent, or none."""
-        if self._kept:
+        if self._kept.listens:
             self._kept.start_anew(parameters if own else ())
             self._kept.follow(parameters)
 
@@ -58,18 +58,19 @@ class LateCalls:
         """Go on in the order of a training before, whose state was put back."""
         self.stop()
         if order is not Order.IN_TIME:
-            self.order, self._kept = order, KeptGradients(parameters)
+            self.order = order
+            self._kept.begin(parameters)
             self._kept.copies = order.copies
 
     def stop(self) -> None:
         """Let go of what was kept: from the finalising step on nothing is scored."""
-        if self._kept:
+        if self._kept.listens:
             self._kept.close()
-        self._kept, self.order = None, Order.IN_TIME
+        self.order = Order.IN_TIME
 
     def _turn(self, found: Found, *, never_scored: bool) -> Verdict:
         kept = self._kept
-        if kept is None:
+        if not kept.listens:
             return verdict(self.order, found, stepped=False, hopeless=False)
         left_out = kept.step_was_left_out()
         if found in (Found.ZEROS, Found.NOTHING) and left_out:

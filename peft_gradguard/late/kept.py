@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..log import harmless
 from .optimizers import StepListener, listen, listen_no_more
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class Kept(NamedTuple):
     """One gradient as an optimizer has used it, and what its parameter was then."""
 
     gradient: torch.Tensor
-    source: weakref.ref[torch.Tensor]
+    source: torch.Tensor
     """The parameter's own gradient then, of which this may be a copy."""
     version: int | None
     """How often torch had written to it; None where torch does not count (``inference_mode``)."""
@@ -33,10 +34,19 @@ class KeptGradients(StepListener):
 
     As they are after the step, where they are still there: a step may clip or unscale them, or put others in their
     place. Kept by reference, because ``zero_grad`` only lets go of them; as copies where it writes zeros into them.
+
+    There is one for each allocator, and it begins and closes as the order of the calls asks for it: its hooks on
+    parameters stay. It dies with the allocator, and refers to no model.
     """
 
-    def __init__(self, parameters: Sequence[AdaLoraParameter]) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.listens = False
+        """Whether it has begun and is not closed."""
+        self._hooked: dict[int, torch.nn.Parameter] = {}
+        self._forget()
+
+    def _forget(self) -> None:
         self.copies = False
         """Whether to keep copies, because ``zero_grad`` writes zeros."""
         self.stepped = False
@@ -47,23 +57,28 @@ class KeptGradients(StepListener):
         """The parameters that a backward has reached since their gradients were last scored."""
         self._backward_is_seen = False
         """Whether any backward was ever seen: user code may write gradients by itself."""
-        self._scored: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._scored: dict[int, torch.Tensor] = {}
         """The gradients that the last call has scored, and the optimizer may use after it."""
         self._stale: set[int] = set()
         """The parameters whose gradient in the step under way was scored already."""
         self._kept: dict[int, Kept] = {}
-        self._hooked: dict[int, weakref.ref[torch.nn.Parameter]] = {}
+
+    def begin(self, parameters: Sequence[AdaLoraParameter]) -> None:
+        """Keep the gradients of these parameters from now on."""
+        self.listens = True
         self.follow(parameters)
         listen(self)
 
     def follow(self, parameters: Sequence[AdaLoraParameter]) -> None:
         """From now on keep the gradients of these parameters."""
         self.watch(parameter.parameter for parameter in parameters)
-        for parameter in (p.parameter for p in parameters if p.parameter.requires_grad):
-            known = self._hooked.get(id(parameter))
-            if known is None or known() is not parameter:
-                self._hooked[id(parameter)] = weakref.ref(parameter)
-                parameter.register_hook(_Backward(self, parameter))  # type: ignore[no-untyped-call]
+        self._hooked = {key: parameter for key, parameter in self._hooked.items() if key in self._watched}
+        for key, parameter in self._watched.items():
+            if parameter.requires_grad and key not in self._hooked:
+                # Torch refuses some; then gradients are told from each other by their identity.
+                with harmless("see the gradients of a parameter come"):
+                    parameter.register_hook(_Backward(self, parameter))  # type: ignore[no-untyped-call]
+                    self._hooked[key] = parameter
 
     def step_was_left_out(self) -> bool:
         """Say whether, since the last call, gradients came but no optimizer used them: a ``GradScaler``'s overflow."""
@@ -75,8 +90,8 @@ class KeptGradients(StepListener):
         if scored:
             self._fresh = set()
         self._backward_came = self.stepped = False
-        gradients = ((p.parameter, p.parameter.grad) for p in scored)
-        self._scored = {id(p): weakref.ref(gradient) for p, gradient in gradients if gradient is not None}
+        gradients = ((p.parameter, p.parameter.grad) for p in scored if not self._backward_is_seen)
+        self._scored = {id(p): gradient for p, gradient in gradients if gradient is not None}
 
     @contextmanager
     def lent(self, parameters: Sequence[AdaLoraParameter]) -> Iterator[bool]:
@@ -98,7 +113,9 @@ class KeptGradients(StepListener):
 
     def close(self) -> None:
         """Keep nothing any more. The hooks on parameters stay, and do nothing: to take them out might disturb torch."""
-        self._kept, self._hooked = {}, {}
+        self.listens = False
+        self.watch(())
+        self._forget()
         listen_no_more(self)
 
     def before_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
@@ -114,9 +131,7 @@ class KeptGradients(StepListener):
 
     def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """Keep what the step has made of its gradients."""
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(torch.as_tensor(found_inf).any()):
-            # A fused optimizer is told of a GradScaler's overflow, and leaves the step out by itself.
+        if _overflow_left_it_out(optimizer):
             for parameter in held:
                 self._kept.pop(id(parameter), None)
             return
@@ -129,8 +144,7 @@ class KeptGradients(StepListener):
         """Say whether no call has scored the gradient that this parameter has."""
         if self._backward_is_seen and id(parameter) in self._hooked:
             return id(parameter) in self._fresh
-        scored = self._scored.get(id(parameter))
-        return scored is None or scored() is not parameter.grad
+        return self._scored.get(id(parameter)) is not parameter.grad
 
     def _keep(self, parameter: torch.nn.Parameter) -> None:
         gradient, before = parameter.grad, self._kept.get(id(parameter))
@@ -138,14 +152,15 @@ class KeptGradients(StepListener):
         source, version = gradient, None if gradient.is_inference() else gradient._version
         if self.copies:
             # A step may clear its gradients by itself; then what it had before is what it used.
-            if before and before.source() is gradient and (before.version == version or not gradient.any()):
+            if before and before.source is gradient and (before.version == version or not gradient.any()):
                 return
             gradient = gradient.detach().clone()
-        self._kept[id(parameter)] = Kept(gradient, weakref.ref(source), version, _layout(parameter))
+        self._kept[id(parameter)] = Kept(gradient, source, version, _layout(parameter))
 
     def _note_backward(self, parameter_id: int) -> None:
-        self._backward_is_seen = self._backward_came = True
-        self._fresh.add(parameter_id)
+        if self.listens:
+            self._backward_is_seen = self._backward_came = True
+            self._fresh.add(parameter_id)
 
 
 class _Backward:
@@ -162,6 +177,13 @@ class _Backward:
         kept = self._kept()
         if kept is not None:
             kept._note_backward(self._id)
+
+
+def _overflow_left_it_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether a fused optimizer was told of a ``GradScaler``'s overflow, and has left the step out by itself."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    # Other optimizers may use the name for something else.
+    return isinstance(found_inf, torch.Tensor | float | int) and bool(torch.as_tensor(found_inf).any())
 
 
 def _layout(parameter: torch.nn.Parameter) -> tuple[Any, ...]:

@@ -7,19 +7,21 @@ of our own. Without a listener a hook costs a fraction of a microsecond.
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..log import say
+from ..log import harmless
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import torch
+# A step that torch.compile traces is left alone: who listens would become a reason to compile it anew. Older torch has
+# no such function.
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
 
 _lock = threading.RLock()
 _registered = False
@@ -27,14 +29,17 @@ _listeners: tuple[weakref.ref[StepListener], ...] = ()
 
 
 class StepListener:
-    """Hears of the steps of optimizers that hold some of its parameters. Known weakly, and knows them weakly."""
+    """Hears of the steps of optimizers that hold some of its parameters. Known weakly.
+
+    It holds its parameters: ``torch.utils.swap_tensors``, which ``Module.to`` may use, refuses those known weakly.
+    """
 
     def __init__(self) -> None:
-        self._watched: dict[int, weakref.ref[torch.nn.Parameter]] = {}
+        self._watched: dict[int, torch.nn.Parameter] = {}
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """From now on hear of the steps on these parameters."""
-        self._watched = {id(parameter): weakref.ref(parameter) for parameter in parameters}
+        self._watched = {id(parameter): parameter for parameter in parameters}
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
         """Return those of its parameters that the optimizer holds."""
@@ -42,9 +47,7 @@ class StepListener:
         return [parameter for parameter in held if self._is_watched(parameter)]
 
     def _is_watched(self, parameter: torch.nn.Parameter) -> bool:
-        reference = self._watched.get(id(parameter))
-        # Not one that has the id of another, which is gone.
-        return reference is not None and reference() is parameter
+        return id(parameter) in self._watched
 
     def before_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """Hear that an optimizer will step these parameters; a closure computes the gradients within the step."""
@@ -78,23 +81,21 @@ def listen_no_more(listener: StepListener) -> None:
 
 
 def _before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _listeners:
+    if not _is_compiling() and _listeners:
         _tell("before_step", optimizer, args, kwargs)
 
 
 def _after(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _listeners:
+    if not _is_compiling() and _listeners:
         _tell("after_step", optimizer, args, kwargs)
 
 
 def _tell(event: str, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # Whatever goes wrong here would make somebody's optimizer.step fail.
-    try:
-        has_closure = (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
-        for reference in _listeners:
+    has_closure = (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
+    for reference in _listeners:
+        # Whatever goes wrong here would make somebody's optimizer.step fail.
+        with harmless("follow an optimizer's step"):
             listener = reference()
             held = listener.held_by(optimizer) if listener is not None else []
             if held:
                 getattr(listener, event)(optimizer, held, has_closure)
-    except Exception:
-        say(logging.DEBUG, "peft_gradguard could not follow an optimizer's step.", exc_info=True)

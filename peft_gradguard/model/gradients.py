@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..log import harmless
 from .marks import deepspeed_holds_gradient
 from .parameters import EXCLUDED, FROZEN, NO_GRADIENT, NON_FINITE
 
@@ -46,12 +47,15 @@ def step_gradients(parameters: Sequence[AdaLoraParameter]) -> StepGradients:
     So do zeros where all else is not finite: clipping to a norm that has overflowed makes zeros of what was finite.
 
     Gradients that DeepSpeed holds are taken as usable, unseen: looking would be a collective, and DeepSpeed leaves out
-    overflowed steps by itself. So are those on the meta device, which have no values.
+    overflowed steps by itself. So are those without values (on the meta device, of fake tensors), and those of a kind
+    that torch has no norm for: PEFT's own code is to deal with them.
     """
     reasons = {p.name: EXCLUDED if p.excluded else skip_reason(p.parameter) for p in parameters}
     there = [(parameter, parameter.parameter.grad) for parameter in parameters if reasons[parameter.name] is None]
     seen = [(parameter, gradient) for parameter, gradient in there if gradient is not None and not gradient.is_meta]
     found = magnitudes([gradient for _, gradient in seen])
+    if found is None:
+        seen, found = [], []
     for (parameter, _), magnitude in zip(seen, found, strict=True):
         if not math.isfinite(magnitude):
             reasons[parameter.name] = NON_FINITE
@@ -66,20 +70,23 @@ def step_gradients(parameters: Sequence[AdaLoraParameter]) -> StepGradients:
 def _excluded_have_gradients(parameters: Sequence[AdaLoraParameter]) -> bool:
     """Say whether the user's exclusions are why there is nothing to score, and not a call that comes too late."""
     gradients = [p.parameter.grad for p in parameters if p.excluded and p.parameter.grad is not None]
-    return any(magnitudes(gradients))
+    return any(magnitudes(gradients) or ())
 
 
-def magnitudes(tensors: Sequence[torch.Tensor]) -> list[float]:
+def magnitudes(tensors: Sequence[torch.Tensor]) -> list[float] | None:
     """Return for each tensor a number that is 0 just where all of it is 0, and finite just where all of it is.
 
-    That is its Euclidean norm, the quickest for torch. Large finite values make it overflow, and tiny ones vanish, so
-    where it says 0 or no number it is the maximum norm, which does neither. An empty tensor gives 0.
+    None where torch has no such number for one of them, as for sparse and for fake tensors. It is the tensor's
+    Euclidean norm, the quickest for torch. Large finite values make it overflow, and tiny ones vanish, so where it says
+    0 or no number it is the maximum norm, which does neither. An empty tensor gives 0.
     """
-    found = _norms(tensors, 2.0)
-    doubtful = [index for index, norm in enumerate(found) if norm == 0 or not math.isfinite(norm)]
-    for index, norm in zip(doubtful, _norms([tensors[index] for index in doubtful], math.inf), strict=True):
-        found[index] = norm
-    return found
+    with harmless("look at gradients"):
+        found = _norms(tensors, 2.0)
+        doubtful = [index for index, norm in enumerate(found) if norm == 0 or not math.isfinite(norm)]
+        for index, norm in zip(doubtful, _norms([tensors[index] for index in doubtful], math.inf), strict=True):
+            found[index] = norm
+        return found
+    return None
 
 
 def _norms(tensors: Sequence[torch.Tensor], order: float) -> list[float]:

@@ -15,7 +15,8 @@ RankPattern = dict[str, list[bool]]
 
 def budget_name(triplet: Triplet) -> str:
     """Return the triplet's name in ``RankAllocator.name_set``, as PEFT's ``_set_budget_scheduler`` makes it."""
-    return triplet.A.name.replace("lora_A", "%s")
+    # By E, as torch.nn.utils.parametrize renames A where it has one.
+    return triplet.E.name.replace("lora_E", "%s")
 
 
 def is_uncut(parameters: Sequence[AdaLoraParameter], rank_pattern: RankPattern, adapter: str) -> bool:

@@ -66,8 +66,10 @@ def _none_can_be_scored(call: AllocatorCall, gradients: StepGradients) -> None:
     reasons, said = gradients.reasons, call.memory.said
     excluded = EXCLUDED in reasons.values()
     others = adapters_that_train(call.view.__wrapped__)
-    # Who excludes all that trains wants just that: its full rank. Scores are forgotten at the finalising step.
-    if not call.scored and not excluded and not call.memory.counts.has_scored():
+    # Who excludes all that trains wants just that: its full rank. Scores are forgotten at the finalising step. Where
+    # gradients are there, all was frozen since the backward, perhaps for a moment only.
+    never = not (call.scored or call.memory.counts.has_scored())
+    if never and not excluded and not any(p.parameter.grad is not None for p in call.parameters):
         raise NoGradientError(
             f"All {len(reasons)} AdaLoRA parameters are frozen (requires_grad is False) and none was ever scored "
             f"{call.at}, so AdaLoRA has nothing to train. {_how_to_thaw(call, others)}, or leave out the call of "

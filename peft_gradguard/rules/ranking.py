@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..log import harmless
 from ..model.parameters import (
     INSIDE_MODULES_TO_SAVE,
     WARMING_UP,
@@ -30,9 +31,12 @@ def rank(call: AllocatorCall) -> list[Triplet]:
         call.view.show_the_model()
         return []
     energies = (parameter.name for parameter in call.parameters if parameter.factor == "E")
-    warming_up = call.memory.counts.warming_up(energies, call.allocator.peft_config.tinit or 0)
+    warming_up: set[str] = set()
+    with harmless("see who came late"):
+        warming_up = call.memory.counts.warming_up(energies, call.allocator.peft_config.tinit or 0)
     ranked = ranked_triplets(call.parameters, scored, warming_up)
-    _say_what_is_left_out(call, scored, warming_up)
+    with harmless("say what is left out"):
+        _say_what_is_left_out(call, scored, warming_up)
     _count_budget(call, ranked)
     call.view.show(part for triplet in ranked for part in triplet if takes_part(part, scored))
     call.ranked = ranked

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..log import harmless
 from ..model.gradients import step_gradients
 from ..stacks.stack import require_gradients
 from ..wrapper import scores_by_gradients
@@ -35,20 +36,24 @@ def scoring(call: AllocatorCall) -> Iterator[bool]:
         if not scores_by_gradients(call.allocator):
             call.view.show_the_model()
         elif call.usable:
-            memory.said.skips(gradients.reasons, call.step)
+            with harmless("say what is left out"):
+                memory.said.skips(gradients.reasons, call.step)
         else:
             nothing_to_score(call, gradients)
         call.any_usable = bool(call.usable)
-        memory.counts.begin(gradients.reasons, call.scored)
+        with harmless("count a scoring"):
+            memory.counts.begin(gradients.reasons, call.scored)
         try:
             yield call.any_usable
         finally:
             call.any_usable = None
-            memory.counts.look(call.scored)
-        memory.counts.add(call.step)
+            with harmless("look at the scores"):
+                memory.counts.look(call.scored)
         memory.scorings += bool(call.usable)
-        memory.seen.note_scoring(call.step, call.parameters, gradients)
         call.gradients = gradients
+        with harmless("count a scoring"):
+            memory.counts.add(call.step)
+            memory.seen.note_scoring(call.step, call.parameters, gradients)
     memory.late.scored(call.parameters, own=gradients.came and not gradients.lent)
 
 

@@ -48,7 +48,8 @@ class _Steps(StepListener):
 
     def _look(self, held: list[torch.nn.Parameter]) -> None:
         there = [p for p in held if p.grad is not None and not p.grad.is_meta and id(p) not in self.used]
-        for parameter, size in zip(there, magnitudes([p.grad for p in there if p.grad is not None]), strict=True):
+        sizes = magnitudes([p.grad for p in there if p.grad is not None])
+        for parameter, size in zip(there, sizes or (), strict=sizes is not None):
             if size:
                 self.used.add(id(parameter))
 

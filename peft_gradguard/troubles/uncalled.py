@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..log import harmless
 from ..model.pattern import pattern_by_full_name
 from .ended import Ending, anything_has_ended, judge_at_the_end, living, say_what_has_ended
 from .whose import PATTERN, anothers_pattern, without_allocator
@@ -25,7 +26,11 @@ _orphans: dict[int, weakref.ref[Watch]] = {}
 
 
 class Watch(Ending):
-    """Whether the adapter of one allocator is trained. Keeps no model alive: ``r`` numbers, and the guard's memory."""
+    """Whether the adapter of one allocator is trained. Keeps no model alive: ``r`` numbers, and the guard's memory.
+
+    It holds its E, as E holds it: ``torch.utils.swap_tensors``, which ``Module.to`` may use, refuses tensors that are
+    known weakly.
+    """
 
     # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
     __torch_unserializable__ = True
@@ -38,7 +43,7 @@ class Watch(Ending):
         """Which of the ranks of E are kept by the pattern that the config came with."""
         self.trained = False
         """Whether its values were seen to change between two gradients."""
-        self._energy = weakref.ref(energy)
+        self._energy = energy
         self._first: torch.Tensor | None = None
         self._done = False
         """Whether there is nothing more to find out."""
@@ -46,17 +51,19 @@ class Watch(Ending):
 
     def __call__(self, gradient: torch.Tensor) -> None:
         """See a gradient come (the hook on E)."""
-        if self.ended and not self._orphaned:
-            self._orphaned = True
-            self._be_an_orphan()
-        if not (self._done or self.trained or (self.memory.called and not self._orphaned)):
-            energy = self._energy()
-            if energy is not None and not torch.is_inference_mode_enabled():
-                self.trained = self._has_changed(energy)
-                if self.trained:
-                    self._say_whose(energy)
-        if anything_has_ended():
-            say_what_has_ended()
+        # Whatever goes wrong here would make somebody's backward fail.
+        with harmless("see whether an adapter is trained"):
+            if self.ended and not self._orphaned:
+                self._orphaned = True
+                self._be_an_orphan()
+            if not (self._done or self.trained or (self.memory.called and not self._orphaned)):
+                energy = self._energy
+                if not torch.is_inference_mode_enabled():
+                    self.trained = self._has_changed(energy)
+                    if self.trained:
+                        self._say_whose(energy)
+            if anything_has_ended():
+                say_what_has_ended()
 
     def judge(self) -> None:
         """Warn where the adapter was trained and the allocator never called."""
@@ -72,10 +79,10 @@ class Watch(Ending):
 
     def _be_an_orphan(self) -> None:
         """Begin anew: the adapter gets gradients, and its allocator is gone."""
-        energy = self._energy()
+        energy = self._energy
         self._done = not self.has_seen_all()
         self.trained, self._first = False, None
-        if energy is not None and not self._done:
+        if not self._done:
             _orphans[id(energy)] = weakref.ref(self)
 
     def _say_whose(self, energy: torch.nn.Parameter) -> None:
