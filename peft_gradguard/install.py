@@ -233,8 +233,9 @@ def _apply(module: ModuleType) -> None:
             layer = getattr(module, "AdaLoraLayer", object)
             if hasattr(layer, "enable_adapters"):
                 wrap(layer, "enable_adapters", guard.enable_adapters, ("self", "enabled"))
-            problem = mismatch(module, "AdaLoraModel", LOADING)
-            for name, arguments in () if problem else LOADING.items():
+            # The module of the layers alone has no such class.
+            problem = mismatch(module, "AdaLoraModel", LOADING) if module.__name__ == TARGET else None
+            for name, arguments in LOADING.items() if module.__name__ == TARGET and not problem else ():
                 wrap(module.AdaLoraModel, name, getattr(load, name), arguments)
         if problem:
             say(logging.DEBUG, "peft_gradguard leaves the loading of AdaLoRA adapters to PEFT: %s.", problem)
