@@ -30,7 +30,7 @@ from .report.report import Report as Report  # noqa: TC001 - for the user
 from .settings import read_switch
 from .switch import hint_at_exit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The classes are public too. They are not in this list, by which help() would show all that they inherit.
 __all__ = ["__version__", "disable", "disabled", "enable", "exclude", "is_enabled", "keep_history", "report"]
@@ -50,12 +50,20 @@ def report(model: object) -> Report:
     return build(model)
 
 
+def _is_our_command() -> bool:
+    """Say whether this is ``peft-gradguard`` or ``python -m peft_gradguard``; an argument may be named so too."""
+    if sys.argv[:1] != ["-m"]:
+        return bool(sys.argv) and os.path.basename(sys.argv[0]) in ("peft-gradguard", "peft-gradguard.exe")
+    module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)]
+    return module == "peft_gradguard" or (module.startswith("-") and module.endswith("mpeft_gradguard"))
+
+
 try:
     from . import install as hooks  # noqa: F401 - the name of 0.1.0
     from .install import disable, disabled, enable, is_enabled
 except Exception:
     # wrapt is missing or broken. Our own command is there to say so in words; every other import fails here.
-    if not {"peft_gradguard", "peft-gradguard", "peft-gradguard.exe"} & set(map(os.path.basename, sys.orig_argv)):
+    if not _is_our_command():
         raise
 else:
     if read_switch() is not False:

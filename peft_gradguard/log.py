@@ -39,10 +39,13 @@ def said_level() -> int:
 
 
 def distributed_rank() -> int:
-    """Return this process' rank: torch.distributed's where it is initialised, else the launcher's ``RANK``, else 0."""
+    """Return this process' rank: torch.distributed's where it is initialised, else the launcher's ``RANK``, else 0.
+
+    A launcher sets ``WORLD_SIZE`` too. ``RANK`` alone may be anything, such as the rank of an adapter.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         rank: int = distributed.get_rank()
         return rank
-    rank_text = os.environ.get("RANK", "")
-    return int(rank_text) if rank_text.isdecimal() else 0
+    given, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(given) if given.isdecimal() and size.isdecimal() else 0

@@ -13,13 +13,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _enabled = False
+_blocks: set[object] = set()
+"""One entry for each ``disabled()`` block that was entered and not left; such blocks may overlap in any order."""
 _times_off = 0
 
 
 def switch_on() -> None:
-    """Let the wrappers act from the next call on. ``install.enable`` also sees to it that they are there."""
+    """Let the wrappers act from the next call on, inside of ``disabled()`` blocks too.
+
+    ``install.enable`` also sees to it that the wrappers are there.
+    """
     global _enabled
     _enabled = True
+    _blocks.clear()
 
 
 def disable() -> None:
@@ -31,19 +37,23 @@ def disable() -> None:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Switch the guard off for a ``with`` block, in the whole process, and back to what it was afterwards."""
-    global _enabled
-    before = _enabled
-    disable()
+    """Switch the guard off for a ``with`` block, in the whole process, and back to what it was afterwards.
+
+    Where blocks overlap, as those of several threads do, it stays off until the last one is left.
+    """
+    global _times_off
+    block = object()
+    _blocks.add(block)
+    _times_off += 1
     try:
         yield
     finally:
-        _enabled = before
+        _blocks.discard(block)
 
 
 def is_enabled() -> bool:
     """Say whether the guard is switched on. Whether it could be applied is another matter: see the log."""
-    return _enabled
+    return _enabled and not _blocks
 
 
 def times_switched_off() -> int:
@@ -59,7 +69,7 @@ def hint_at_exit() -> None:
 def _hint() -> None:
     # What Python sets for an exception that ended the program; it has printed the traceback by then.
     error, trace = getattr(sys, "last_value", None), getattr(sys, "last_traceback", None)
-    if _enabled or sys.stderr is None or not isinstance(error, TypeError):
+    if is_enabled() or sys.stderr is None or not isinstance(error, TypeError):
         return
     while trace is not None:
         if trace.tb_frame.f_code.co_name == "update_ipt":

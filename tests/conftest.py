@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -37,6 +38,13 @@ def guard() -> None:
     import peft_gradguard
 
     assert peft_gradguard.is_enabled()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections(guard: None) -> None:
+    """Take what the tests' modules have imported (torch, transformers, PEFT) out of what each collection looks at."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

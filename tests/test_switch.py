@@ -47,3 +47,36 @@ def test_disabled_block_gives_back_what_was_before() -> None:
         print(json.dumps(states))
     """)
     assert states == [True, False, False, True, False]
+
+
+def test_blocks_may_overlap_in_any_order() -> None:
+    states, _ = python("""
+        import peft_gradguard as guard
+        states = []
+        for first in (0, 1):
+            blocks = guard.disabled(), guard.disabled()
+            for block in blocks:
+                block.__enter__()
+            for block in (blocks[first], blocks[1 - first]):
+                states.append(guard.is_enabled())
+                block.__exit__(None, None, None)
+            states.append(guard.is_enabled())
+        print(json.dumps(states))
+    """)
+    assert states == [False, False, True] * 2
+
+
+def test_enable_and_disable_inside_of_a_block_mean_what_they_say() -> None:
+    states, _ = python("""
+        import peft_gradguard as guard
+        states = []
+        with guard.disabled():
+            guard.enable()
+            states.append(guard.is_enabled())
+        states.append(guard.is_enabled())
+        with guard.disabled():
+            guard.disable()
+        states.append(guard.is_enabled())
+        print(json.dumps(states))
+    """)
+    assert states == [True, True, False]

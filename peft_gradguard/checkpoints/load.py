@@ -167,8 +167,8 @@ def _pattern_beside(loading: dict[str, Any]) -> tuple[bool, RankPattern | None]:
     try:
         where, options = os.fspath(loading["model_id"]), loading.get("hf_hub_download_kwargs") or {}
         path = os.path.join(where, options.get("subfolder") or "", CONFIG)
-        if not os.path.exists(path):
-            # Not at the top: PEFT has it loaded only where something comes from the hub.
+        if not os.path.isdir(where):
+            # Not at the top: nothing else here needs it.
             from huggingface_hub import hf_hub_download
 
             path = hf_hub_download(where, CONFIG, **options)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..late.order import Order
 from ..memory.counts import Count
 from ..memory.memory import known_memory
 from ..model.marks import is_dtensor, whole_shape
@@ -30,6 +31,7 @@ FORMAT = 1
 VERSION = "format"
 SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "total_step", "deltaT", "beta1", "beta2")
+ORDERS = list(Order)
 NOWHERE = -1
 """Stands for a step that is not known."""
 NO_PATTERN, FULL_NAMES, SHORT_NAMES = range(3)
@@ -80,7 +82,7 @@ class _Allocator:
         state = {
             "schedule": _numbers(getattr(self.config, name) for name in SCHEDULE),
             "budget": torch.tensor([self.allocator.init_bgt, self.allocator.target_bgt]),
-            "progress": torch.tensor([counts.step, counts.skipped, self._names_of_pattern()]),
+            "progress": torch.tensor([counts.step, counts.skipped, counts.order, self._names_of_pattern()]),
             "scored": torch.tensor([p.name in scored for p in self.parameters], dtype=torch.bool),
             "counts": torch.tensor([counts.of(p.name) for p in self.parameters]).reshape(-1, 3),
             "behind": _numbers(counts.behind.get(p.name) for p in self.parameters),
@@ -128,7 +130,7 @@ class _Allocator:
                     parameter.parameter.copy_(state[f"weight.{parameter.name}"])
         allocator.init_bgt, allocator.target_bgt = state["budget"].tolist()
         allocator.name_set = sorted(map(budget_name, _those(self.triplets, state["counted"])))
-        step, skipped, names = state["progress"].tolist()
+        step, skipped, order, names = state["progress"].tolist()
         self.config.rank_pattern = (
             None
             if names == NO_PATTERN
@@ -143,6 +145,7 @@ class _Allocator:
         memory.called = memory.called or step != NOWHERE
         memory.loaded = False
         memory.seen.came_with = None
+        memory.late.take_up(ORDERS[order], self.parameters)
         memory.counts.step = None if step == NOWHERE else step
         memory.counts.skipped = skipped
         memory.counts.importance = {
@@ -175,11 +178,12 @@ class _Allocator:
     def _counts(self) -> _Counts:
         memory = known_memory(self.allocator)
         if memory is None:
-            return _Counts(NOWHERE, 0, {}, {}, {})
+            return _Counts(NOWHERE, 0, ORDERS.index(Order.IN_TIME), {}, {}, {})
         counts = memory.counts
         step = NOWHERE if counts.step is None else counts.step
         behind = counts.scored_of([p.name for p in self.parameters])
-        return _Counts(step, counts.skipped, counts.of_each(), behind, counts.importance)
+        order = ORDERS.index(memory.late.order)
+        return _Counts(step, counts.skipped, order, counts.of_each(), behind, counts.importance)
 
     def _pattern(self) -> dict[str, list[bool]]:
         energies = [p for p in self.parameters if p.factor == "E"]
@@ -199,6 +203,7 @@ class _Counts(NamedTuple):
 
     step: int
     skipped: int
+    order: int
     each: Mapping[str, Count]
     behind: Mapping[str, float]
     importance: Mapping[str, float]

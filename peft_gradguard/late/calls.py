@@ -54,6 +54,13 @@ class LateCalls:
             self._kept.start_anew(parameters if own else ())
             self._kept.follow(parameters)
 
+    def take_up(self, order: Order, parameters: Sequence[AdaLoraParameter]) -> None:
+        """Go on in the order of a training before, whose state was put back."""
+        self.stop()
+        if order is not Order.IN_TIME:
+            self.order, self._kept = order, KeptGradients(parameters)
+            self._kept.copies = order.copies
+
     def stop(self) -> None:
         """Let go of what was kept: from the finalising step on nothing is scored."""
         if self._kept:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ..settings import FUSED, read_fused
-
 if TYPE_CHECKING:
     import torch
 
@@ -20,6 +18,7 @@ class Trust:
     def __init__(self) -> None:
         self.agreed: Counter[Group] = Counter()
         """The steps in which both ways gave the same."""
-        self.objection = None if read_fused() else f"{FUSED} switches it off"
+        self.objection: str | None = None
         """Why this allocator's scores are left to PEFT for good; None where they are not."""
+        self.switch_was_read = False
         self.said = False

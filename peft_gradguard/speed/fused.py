@@ -9,8 +9,10 @@ import torch
 
 from ..log import say
 from ..model.marks import deepspeed_holds_gradient
+from ..settings import FUSED, read_fused
 from ..stacks.deepspeed import peft_asks_deepspeed
 from ..wrapper import is_undisturbed
+from .known import is_known
 from .together import new_scores
 
 if TYPE_CHECKING:
@@ -37,7 +39,10 @@ def score(call: AllocatorCall, peft_scores: Callable[[ModelView], None]) -> None
     A step with a parameter that has no scores yet, or scores of another data type, is PEFT's as a whole.
     """
     allocator, view, trust = call.allocator, call.view, call.memory.trust
-    trust.objection = trust.objection or _objection(allocator, view.shown)
+    if not trust.switch_was_read:
+        trust.switch_was_read = True
+        trust.objection = None if read_fused() else f"{FUSED} switches it off"
+    trust.objection = trust.objection or _objection(allocator, peft_scores, view.shown)
     groups = {} if trust.objection else _groups(allocator, view.shown)
     if not groups:
         peft_scores(view)
@@ -54,10 +59,14 @@ def score(call: AllocatorCall, peft_scores: Callable[[ModelView], None]) -> None
         say(logging.DEBUG, why, trust.objection, call.memory.adapter)
 
 
-def _objection(allocator: RankAllocator, parameters: list[AdaLoraParameter]) -> str | None:
+def _objection(
+    allocator: RankAllocator, peft_scores: Callable[[ModelView], None], parameters: list[AdaLoraParameter]
+) -> str | None:
     """Return why PEFT's own code must score, from now on and for good, or None."""
     if not is_undisturbed(allocator, "update_ipt"):
         return "other code overrides or wraps update_ipt"
+    if not is_known(getattr(peft_scores, "__func__", None)):
+        return "its update_ipt is not that of a PEFT release that peft_gradguard knows"
     if peft_asks_deepspeed(allocator) or any(deepspeed_holds_gradient(p.parameter) for p in parameters):
         return "DeepSpeed holds the gradients"
     for parameter in parameters:

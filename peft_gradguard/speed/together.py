@@ -52,7 +52,8 @@ def _factors(betas: tuple[float, float], dtype: torch.dtype) -> list[torch.Tenso
     """
     beta1, beta2 = betas
     wide = torch.promote_types(dtype, torch.float32)
-    return [torch.tensor(factor, dtype=wide) for factor in (beta1, 1 - beta1, beta2, 1 - beta2)]
+    # On the CPU, as numbers are, whatever the default device.
+    return [torch.tensor(factor, dtype=wide, device="cpu") for factor in (beta1, 1 - beta1, beta2, 1 - beta2)]
 
 
 def _chunks(parameters: list[AdaLoraParameter]) -> Iterator[list[AdaLoraParameter]]:

@@ -42,4 +42,4 @@ def keep_masks(parameters: Sequence[AdaLoraParameter], pattern: RankPattern) -> 
             if parameter.shard is not None:
                 fsdp.mask_shard(parameter.shard, pattern[parameter.name])
             elif deepspeed_holds_gradient(parameter.parameter):
-                deepspeed.mask_master_copy(parameter.parameter, torch.tensor(pattern[parameter.name]))
+                deepspeed.mask_master_copy(parameter.parameter, torch.tensor(pattern[parameter.name], device="cpu"))

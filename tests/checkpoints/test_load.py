@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -27,7 +28,6 @@ import peft_gradguard
 if TYPE_CHECKING:
     import logging
     from collections.abc import Callable
-    from pathlib import Path
 
 SCENARIO = branches()
 MASKED, BETWEEN = 10, 11
@@ -349,3 +349,41 @@ def test_under_another_name() -> None:
     model = peft.PeftModel.from_pretrained(base(), "saved", adapter_name="second", is_trainable=True)
     assert torch.allclose(logits(model), logits(loaded("saved")), atol=1e-6)
     assert model.base_model.rankallocator.init_bgt == 4 * INIT_R
+
+
+@pytest.mark.peft
+def test_a_folder_without_its_configuration_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    trained(BETWEEN).save_pretrained("saved")
+    (Path("saved") / "adapter_config.json").rename("elsewhere.json")
+    asked: list[Any] = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *which, **_: asked.append(which))
+    model = build(SCENARIO)
+    model.load_adapter("saved", "default")
+    assert asked == []
+    Path("elsewhere.json").rename(Path("saved") / "adapter_config.json")
+    assert torch.allclose(logits(model), logits(loaded("saved")), atol=1e-6)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("given", ["path", "subfolder"])
+def test_where_the_folder_is_given_in_other_ways(given: str) -> None:
+    trained(BETWEEN).save_pretrained("there/saved")
+    model = build(SCENARIO)
+    if given == "path":
+        model.load_adapter(Path("there") / "saved", "default")
+    else:
+        model.load_adapter("there", "default", subfolder="saved")
+    expected = loaded("there/saved")
+    assert bits(model) == bits(expected)
+    assert torch.allclose(logits(model), logits(expected), atol=1e-6)
+
+
+@pytest.mark.peft
+def test_a_frozen_adapter_stays_frozen() -> None:
+    trained(BETWEEN).save_pretrained("saved")
+    model = build(SCENARIO).requires_grad_(False)
+    model.load_adapter("saved", "default")
+    assert torch.allclose(logits(model), logits(loaded("saved")), atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -303,6 +303,35 @@ def test_the_warm_up_of_one_that_came_late_goes_on() -> None:
     assert same(without_skips(facts(one)), without_skips(facts(again)))
 
 
+@pytest.mark.peft
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("step", [4, 9])
+def test_a_loop_that_calls_late_goes_on_late(step: int, set_to_none: bool) -> None:
+    def run(model: peft.PeftModel, optimizer: Any, first: int, last: int) -> None:
+        for number in range(first, last + 1):
+            loss_of(model, branches().batch(number), regularised=True).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+            model.base_model.update_and_allocate(number)
+
+    def start() -> tuple[peft.PeftModel, torch.optim.Optimizer]:
+        model = build(branches())
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    one, optimizer = start()
+    run(one, optimizer, 1, step)
+    weights, moments, state = torch.load(
+        _saved([one.state_dict(), optimizer.state_dict(), AllocatorState(one).state_dict()]), weights_only=True
+    )
+    run(one, optimizer, step + 1, TOTAL)
+    again, optimizer = start()
+    again.load_state_dict(weights)
+    AllocatorState(again).load_state_dict(state)
+    optimizer.load_state_dict(moments)
+    run(again, optimizer, step + 1, TOTAL)
+    assert same(without_skips(facts(one)), without_skips(facts(again)))
+
+
 def test_its_import_loads_no_torch() -> None:
     program = "from peft_gradguard import AllocatorState; import sys; assert not {'torch', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -23,7 +23,7 @@ def test_it_is_printed(saved: Path, inspect: Inspect) -> None:
     code, out, err = inspect(saved)
     assert (code, err) == (0, "")
     assert "20 of 36 ranks kept" in out
-    assert "12 of them in 2 modules not ranked" in out
+    assert "4 modules share a budget of 24 ranks at the start, 8 in the end; 2 others keep" in out
     assert "layer 0 1 2" in out
     assert "scored" not in out
     assert "trainable" not in out

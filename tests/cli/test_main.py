@@ -92,7 +92,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         cli.main(["--help"])
     assert error.value.code == 0
-    assert "run a command under the guard, say whether it is on, or inspect a saved adapter" in " ".join(
+    assert "Run a command with the guard on, say whether it is on, or show the ranks of a saved adapter." in " ".join(
         capsys.readouterr().out.split()
     )
 

@@ -1,22 +1,28 @@
-"""Gradients kept for late calls: which, how long, and never those of another step."""
+"""Gradients kept for late calls: which, how long, as the optimizer used them, and never those of another step."""
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
+import pickle
+import warnings
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
 from scenarios import FINALISING, TOTAL, branches, build, loss_of, vectors
 from steps import late_step
 
+from peft_gradguard import NoGradientError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import peft
 
-pytestmark = [pytest.mark.peft]
+pytestmark = pytest.mark.peft
 
 
 def test_kept_gradients_go_when_used_and_at_the_finalising_step(
@@ -127,3 +133,214 @@ def test_late_loop_whose_closure_zeroes_at_its_end_is_rescued(
     assert len(model.base_model.rankallocator.ipt) == 12
     for name, ipt in model.base_model.rankallocator.ipt.items():
         assert torch.equal(ipt, (parameters[name] * gradients[name]).abs())
+
+
+def make(**settings: Any) -> peft.PeftModel:
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    schedule = {"tinit": 50, "tfinal": 10, "total_step": 100, **settings}
+    return peft.get_peft_model(base, peft.AdaLoraConfig(target_modules=["0", "2"], init_r=4, target_r=2, **schedule))
+
+
+def trained(model: peft.PeftModel) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def backward(model: peft.PeftModel, step: int, dtype: torch.dtype = torch.float32) -> None:
+    torch.manual_seed(step)
+    model(torch.randn(4, 8).to(dtype)).pow(2).mean().backward()
+
+
+def scores(model: peft.PeftModel) -> dict[str, torch.Tensor]:
+    allocator = model.base_model.rankallocator
+    kinds = {"average": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
+    return {f"{kind} {name}": value for kind, values in kinds.items() for name, value in values.items()}
+
+
+def assert_same_scores(one: peft.PeftModel, other: peft.PeftModel) -> None:
+    ones, others = scores(one), scores(other)
+    assert ones
+    assert ones.keys() == others.keys()
+    for name, value in ones.items():
+        assert torch.equal(value, others[name]), name
+
+
+class Signs(torch.optim.SGD):
+    """Puts new gradients in the place of the old ones, and then steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.sign()
+        return super().step(closure)
+
+
+class Clips(torch.optim.SGD):
+    """Clips the gradients in place, and then steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.01)
+        return super().step(closure)
+
+
+class Clears(torch.optim.SGD):
+    """Clears the gradients after its step by itself."""
+
+    def step(self, closure: Any = None) -> Any:
+        found = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+        return found
+
+
+class Zeroes(torch.optim.SGD):
+    """Zeroes the gradients after its step by itself."""
+
+    def step(self, closure: Any = None) -> Any:
+        found = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        return found
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, Signs, Clips, Clears, Zeroes])
+def test_late_calls_score_what_the_step_has_used(kind: Callable[..., torch.optim.Optimizer], to_none: bool) -> None:
+    """What the step clips, replaces or clears by itself too. The first call, by which the guard learns, scores nothing.
+
+    Where the step itself writes zeros, but zero_grad does not, it takes the guard one call more.
+    """
+    late, in_time = make(), make()
+    learnt = 3 if kind is Zeroes and to_none else 2
+    for model in (late, in_time):
+        # Those that clear by themselves use what plain gradient descent uses.
+        used = torch.optim.SGD if model is in_time and kind in (Clears, Zeroes) else kind
+        optimizer = used(trained(model), lr=1e-2)
+        for step in range(1, 9):
+            backward(model, step)
+            optimizer.step()
+            if model is late:
+                optimizer.zero_grad(set_to_none=to_none)
+            if model is late or step >= learnt:
+                model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+    assert_same_scores(in_time, late)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Signs, Clips])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_that_a_call_has_scored_are_not_scored_again(
+    kind: Callable[..., torch.optim.Optimizer], to_none: bool
+) -> None:
+    """Calls before the optimizer's step; at every second step the adapter rests."""
+    with_calls, without = make(), make()
+    for model in (with_calls, without):
+        optimizer = kind(trained(model), lr=1e-2)
+        for step in range(1, 11):
+            rests = step % 2 == 0
+            if not rests:
+                backward(model, step)
+            if not rests or model is with_calls:
+                model.base_model.update_and_allocate(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+    assert_same_scores(without, with_calls)
+
+
+def test_steps_of_other_optimizers_do_not_count() -> None:
+    """A scaler leaves the adapter's first steps out, while another model's optimizer steps: no error."""
+    model, other = make(), torch.nn.Linear(8, 1)
+    optimizer, others = torch.optim.AdamW(trained(model)), torch.optim.AdamW(other.parameters())
+    for step in range(1, 8):
+        backward(model, step)
+        if step > 4:
+            optimizer.step()
+        optimizer.zero_grad()
+        other(torch.randn(4, 8)).pow(2).mean().backward()
+        others.step()
+        model.base_model.update_and_allocate(step)
+    assert scores(model)
+
+
+@pytest.mark.parametrize("count", [49, 50])
+def test_loop_without_a_torch_optimizer_ends_in_an_error(count: int) -> None:
+    model = make(total_step=1000)
+
+    def late_step(step: int) -> None:
+        backward(model, step)
+        with torch.no_grad():
+            for parameter in trained(model):
+                parameter -= 0.01 * parameter.grad
+                parameter.grad = None
+        model.base_model.update_and_allocate(step)
+
+    late_step(1)
+    for step in range(2, 51):
+        late_step(step)
+    if count == 50:
+        with pytest.raises(NoGradientError, match="in the last 50 calls no torch optimizer has stepped them"):
+            late_step(51)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parameter_that_has_changed_its_type_since_is_lent_nothing(dtype: torch.dtype) -> None:
+    model, before = make(), torch.float32
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    for step in range(1, 8):
+        backward(model, step, dtype if step > 4 else before)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 4:
+            model.to(dtype)
+            of_step_3 = {name: value.clone() for name, value in scores(model).items()}
+        model.base_model.update_and_allocate(step)
+        if step == 4:
+            assert all(torch.equal(value, of_step_3[name]) for name, value in scores(model).items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert any(not torch.equal(value, of_step_3[name]) for name, value in scores(model).items())
+
+
+def test_one_optimizer_for_each_parameter_that_steps_in_backward() -> None:
+    """The steps come in the middle of backward, and clear the gradients at once."""
+    if not hasattr(torch.Tensor, "register_post_accumulate_grad_hook"):
+        pytest.skip("torch before 2.1 has no hook after a gradient is accumulated")
+    late, in_time = make(), make()
+    for model in (late, in_time):
+        optimizers = {parameter: torch.optim.SGD([parameter], lr=1e-2) for parameter in trained(model)}
+
+        def step_at_once(parameter: torch.Tensor, optimizers: Any = optimizers, late_one: bool = model is late) -> None:
+            optimizers[parameter].step()
+            if late_one:
+                optimizers[parameter].zero_grad()
+
+        for parameter in optimizers:
+            parameter.register_post_accumulate_grad_hook(step_at_once)
+        for step in range(1, 7):
+            backward(model, step)
+            if model is late or step > 1:
+                model.base_model.update_and_allocate(step)
+            model.zero_grad()
+    assert_same_scores(in_time, late)
+
+
+def test_model_of_a_late_loop_is_copied_pickled_and_let_go() -> None:
+    model = make()
+    optimizer = torch.optim.AdamW(trained(model))
+    for step in (1, 2, 3):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.base_model.update_and_allocate(step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(model)
+        pickle.loads(pickle.dumps(dict(model.named_parameters())))
+        torch.save(model.state_dict(), io.BytesIO())
+    gone: list[int] = []
+    import weakref
+
+    weakref.finalize(model, gone.append, 1)
+    del model, optimizer
+    gc.collect()
+    assert gone

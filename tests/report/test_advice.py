@@ -106,7 +106,8 @@ def test_advice_on_an_adapter_of_which_nothing_trains_any_more(
     )
     text = str(peft_gradguard.report(model))
     counted = min(last, FINALISING - 1)
-    assert (f"12 at every step; last at step {counted}" in text) == (last > 0)
+    said = f"12 parameters were scored at every step; the last scoring was at step {counted}"
+    assert (said in text) == (last > 0)
     # Not ranked as long as it could be, and not left out of anything.
     assert (f"frozen  0 of {counted}\n" in text) == (0 < last < FINALISING)
     assert ("frozen" in text) == (last < FINALISING)

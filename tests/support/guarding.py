@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def guard_instead(monkeypatch: pytest.MonkeyPatch, update_ipt: Callable[..., Any]) -> None:
     """Put this in the place of PEFT's ``update_ipt``, and let the guard wrap it as it wraps PEFT's."""
     # Not at the top: the worker process that imports this module must stay without the guard.
-    from peft_gradguard import guard, install
+    from peft_gradguard import guard
+    from peft_gradguard.wrapper import METHODS, wrap
 
     monkeypatch.setattr(RankAllocator, "update_ipt", update_ipt)
-    install._wrap(RankAllocator, "update_ipt", guard.update_ipt)
+    wrap(RankAllocator, "update_ipt", guard.update_ipt, METHODS["update_ipt"])

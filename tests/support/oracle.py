@@ -62,7 +62,7 @@ class Late:
     kept: dict[Key, torch.Tensor] = field(default_factory=dict)
     """The gradients that optimizers have used, and that no call has scored."""
     scored: set[Key] = field(default_factory=set)
-    """What a call has scored of the gradients that are still there."""
+    """What a call has scored of the gradients that are still there. Zeros it has not scored: they stay unscored."""
     backward_seen: bool = False
     """Whether a backward has come since the last call."""
     step_seen: bool = False
@@ -147,8 +147,8 @@ class Oracle:
     def _score(self, step: int, facts: Facts) -> None:
         there = _there(facts, facts.gradients)
         trainable = {key for key, trains in facts.trainable.items() if trains}
-        late, lent = self.late, False
-        if late is not None and _some_are_not_zero(there):
+        late, lent, own = self.late, False, _some_are_not_zero(there)
+        if late is not None and own:
             # In time. Where the optimizer has stepped, its gradients are those that are there.
             late.without_step = 0
             late.copies = late.copies and not late.step_seen
@@ -178,7 +178,8 @@ class Oracle:
             self.scored_at.setdefault(key, set()).add(step)
         if self.late is not None:
             self.late.watched |= trainable
-            self.late.scored = set() if lent else {k for k, g in facts.gradients.items() if g is not None}
+            if own:
+                self.late.scored = {key for key, gradient in facts.gradients.items() if gradient is not None}
 
     def _call_is_late(self, zeroed: bool, lent: bool, trainable: set[Key]) -> None:
         if self.late is None:

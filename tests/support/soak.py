@@ -94,7 +94,7 @@ class Figures:
     skipped: int = 0
     """How many names were ever skipped."""
     lines: int = 0
-    """How many lines named a skipped parameter."""
+    """How many names the log has given as skipped, one counted each time that it is given."""
     other_lines: int = 0
 
 
@@ -180,7 +180,7 @@ def main() -> None:
         if values:
             warm, end = (value / unit for value in values)
             print(f"{name:16} {warm:12,.2f} after {WARM:,} steps, {end:12,.2f} after {STEPS:,}")
-    print(f"names skipped {figures.skipped}, lines that name one {figures.lines}, other lines {figures.other_lines}")
+    print(f"names skipped {figures.skipped}, names in the log {figures.lines}, other lines {figures.other_lines}")
     lives = run_lifetimes(LIFETIMES)
     print(f"{LIFETIMES} models: {lives.at_once} went at once, {lives.collected} when collected, {lives.alive} alive")
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
+import io
+import logging
+import logging.handlers
+import pickle
+import queue
 import subprocess
 import sys
+import warnings
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
 import transformers
 from fresh import SUPPORT
 from scenarios import LINEARS, PEFT_VERSION, TOTAL, branches, build, frozen, loss_of, vectors
+from torch import multiprocessing  # noqa: F401 - teaches the pickler of processes to send tensors
 from trainers import fit
 
 import peft_gradguard
@@ -21,9 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    import peft
 
-pytestmark = pytest.mark.skipif(PEFT_VERSION < (0, 18), reason="the trainers of today need a PEFT of today")
+of_today = pytest.mark.skipif(PEFT_VERSION < (0, 18), reason="the trainers of today need a PEFT of today")
 
 
 class OnlyIfThereIsAPattern(transformers.TrainerCallback):
@@ -44,6 +53,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> peft.PeftModel:
 both = pytest.mark.parametrize("accumulation", [1, 2])
 
 
+@of_today
 @both
 @pytest.mark.parametrize("callbacks", [[OnlyIfThereIsAPattern], []], ids=["only if there is a pattern", "never"])
 def test_never_called(
@@ -60,6 +70,7 @@ def test_never_called(
     assert "update_and_allocate was never called" in said()[0]
 
 
+@of_today
 def test_never_called_where_no_rank_could_be_pruned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ) -> None:
@@ -75,6 +86,7 @@ def test_never_called_where_no_rank_could_be_pruned(
     assert said() == []
 
 
+@of_today
 def test_adapter_that_was_only_loaded_was_not_trained(
     model: peft.PeftModel, tmp_path: Path, said: Callable[[], list[str]]
 ) -> None:
@@ -91,6 +103,7 @@ def test_adapter_that_was_only_loaded_was_not_trained(
     assert said() == []
 
 
+@of_today
 def test_trained_after_something_was_loaded(model: peft.PeftModel, said: Callable[[], list[str]]) -> None:
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
     optimizer = torch.optim.AdamW(model.parameters())
@@ -103,6 +116,7 @@ def test_trained_after_something_was_loaded(model: peft.PeftModel, said: Callabl
     assert ["update_and_allocate was never called" in message for message in said()] == [True]
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("switch", ["disabled", "disable"])
 def test_calls_made_while_the_guard_is_off_are_not_missed(
     model: peft.PeftModel, switch: str, said: Callable[[], list[str]]
@@ -122,17 +136,146 @@ def test_calls_made_while_the_guard_is_off_are_not_missed(
     assert said() == []
 
 
-@pytest.mark.parametrize(("steps", "warned"), [(0, False), (TOTAL, True)])
-def test_never_called_is_said_at_exit(steps: int, warned: bool) -> None:
+@pytest.mark.peft
+def test_never_called_is_said_at_exit_of_what_was_trained() -> None:
     program = f"""
 import sys; sys.path[:0] = {[str(SUPPORT)]!r}
-import peft_gradguard, torch
-from scenarios import branches, build, loss_of, vectors
-model = build(branches())
+import peft_gradguard, peft, torch
+from scenarios import adalora_config, branches, build, loss_of, vectors
+config = adalora_config(**branches().config)
+untrained = build(branches())
+model = peft.get_peft_model(branches().base(), config, adapter_name="trained")
 optimizer = torch.optim.AdamW(model.parameters())
-for step in range({steps}):
+for step in range({TOTAL}):
     loss_of(model, vectors(step), True).backward()
     optimizer.step()
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ("update_and_allocate was never called" in found.stderr) == warned
+    said = "adapter 'trained' was trained, but update_and_allocate was never called"
+    assert (found.stderr.count(said), found.stderr.count("never called")) == (1, 1)
+
+
+def make() -> peft.PeftModel:
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    config = peft.AdaLoraConfig(target_modules=["0", "1"], init_r=2, target_r=1, tinit=2, tfinal=2, total_step=50)
+    return peft.get_peft_model(base, config)
+
+
+def optimizer_of(model: peft.PeftModel) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def train(model: peft.PeftModel, steps: int = 3, call: Callable[[int], None] = lambda _: None) -> None:
+    optimizer = optimizer_of(model)
+    for step in range(1, steps + 1):
+        model(torch.randn(2, 4)).pow(2).mean().backward()
+        optimizer.step()
+        call(step)
+        optimizer.zero_grad()
+
+
+def never_called(records: list[logging.LogRecord]) -> list[str]:
+    return [r.getMessage() for r in records if "never called" in r.getMessage()]
+
+
+@pytest.mark.peft
+def test_training_without_calls_is_said_once_at_the_next_occasion(records: list[logging.LogRecord]) -> None:
+    model = make()
+    train(model)
+    assert not never_called(records)
+    del model
+    gc.collect()
+    train(make(), steps=1)
+    gc.collect()
+    said = never_called(records)
+    assert len(said) == 1
+    assert "adapter 'default' was trained, but update_and_allocate was never called" in said[0]
+    assert "after the optimizer's step and before zero_grad" in said[0]
+
+
+@pytest.mark.peft
+def test_nothing_is_said_from_inside_a_garbage_collection(records: list[logging.LogRecord]) -> None:
+    """A handler that sets one off while it holds a lock of its own would wait for itself for ever."""
+
+    class Collecting(queue.Queue):  # type: ignore[type-arg]
+        def _put(self, item: Any) -> None:
+            gc.collect()
+            super()._put(item)
+
+    model = make()
+    train(model)
+    model.itself = model
+    del model
+    logger, handler = logging.getLogger("of the application"), logging.handlers.QueueHandler(Collecting())
+    logging.getLogger().addHandler(handler)
+    try:
+        logger.warning("hello")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert not never_called(records)
+    make()
+    assert len(never_called(records)) == 1
+
+
+def average(model: peft.PeftModel) -> None:
+    other = make()
+    optimizer = optimizer_of(model)
+    for step in range(1, 5):
+        model(torch.randn(2, 4)).pow(2).mean().backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for one, of_model in zip(other.parameters(), model.parameters(), strict=True):
+                one.lerp_(of_model, 0.5)
+
+
+def reference(model: peft.PeftModel) -> None:
+    """Gradients flow through it, and no optimizer has it."""
+    inputs = torch.randn(2, 4, requires_grad=True)
+    optimizer = torch.optim.SGD([inputs], lr=0.1)
+    for _ in range(4):
+        model(inputs).pow(2).mean().backward()
+        optimizer.step()
+
+
+def loaded(model: peft.PeftModel) -> None:
+    other = make()
+    train(other, call=other.base_model.update_and_allocate)
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        model(torch.randn(2, 4))
+
+
+def scored_by_hand(model: peft.PeftModel) -> None:
+    train(model, call=lambda _: model.base_model.rankallocator.update_ipt(model.base_model.model))
+
+
+def one_step(model: peft.PeftModel) -> None:
+    train(model, steps=1)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("use", [average, reference, loaded, scored_by_hand, one_step])
+def test_what_is_no_training_without_calls(
+    use: Callable[[peft.PeftModel], None], records: list[logging.LogRecord]
+) -> None:
+    model = make()
+    use(model)
+    del model
+    gc.collect()
+    make()
+    assert not never_called(records)
+
+
+@pytest.mark.peft
+def test_a_watched_model_is_copied_and_pickled_without_a_warning() -> None:
+    model = make()
+    train(model, steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(model)
+        pickle.dumps(model)
+        pickle.dumps(dict(model.named_parameters()))
+        # What a process that is spawned is sent.
+        ForkingPickler(io.BytesIO()).dump(list(model.parameters()))

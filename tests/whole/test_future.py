@@ -105,15 +105,22 @@ PROBE = str(ROOT / "peft_gradguard" / "cli" / "probe.py")
 
 PROGRAM = """
 import runpy, sys, torch
-if sys.argv[1] == "guarded":
-    import peft_gradguard
 import peft
 from scenarios import SCENARIOS, branches, train
-assert peft.__file__.startswith(sys.argv[2]), peft.__file__
-trainings = {"frozen layer": SCENARIOS["frozen layer"], "healthy": branches()}
-outcomes = {name: vars(train(scenario)) for name, scenario in trainings.items()}
-probe = runpy.run_path(sys.argv[4])
-torch.save({"needs_guard": probe["look"]()["needs_guard"], **outcomes}, sys.argv[3])
+folder, file, probe = sys.argv[1:]
+assert peft.__file__.startswith(folder), peft.__file__
+look = runpy.run_path(probe)["look"]
+
+def outcomes():
+    trainings = {"frozen layer": SCENARIOS["frozen layer"], "healthy": branches()}
+    found = {name: vars(train(scenario)) for name, scenario in trainings.items()}
+    return {"needs_guard": look()["needs_guard"], **found}
+
+plain = outcomes()
+assert not any(name.startswith("peft_gradguard") for name in sys.modules)
+import peft_gradguard
+assert peft_gradguard.is_enabled()
+torch.save({"plain": plain, "guarded": outcomes()}, file)
 """
 
 
@@ -139,11 +146,12 @@ def run(fixed_peft: Path, *command: str, **environ: str) -> str:
     return found.stdout
 
 
-def outcomes(fixed_peft: Path, mode: str) -> dict[str, dict[str, Any]]:
-    file = str(fixed_peft / f"{mode}.pt")
-    run(fixed_peft, "-c", PROGRAM, mode, str(fixed_peft), file, PROBE)
-    found: dict[str, dict[str, Any]] = torch.load(file)
-    return found
+def outcomes(fixed_peft: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What trainings give with the guard and, before it was there, without."""
+    file = str(fixed_peft / "outcomes.pt")
+    run(fixed_peft, "-c", PROGRAM, str(fixed_peft), file, PROBE)
+    found = torch.load(file)
+    return found["guarded"], found["plain"]
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -155,7 +163,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def test_guard_on_a_mended_peft_does_no_harm(fixed_peft: Path) -> None:
-    guarded, plain = outcomes(fixed_peft, "guarded"), outcomes(fixed_peft, "plain")
+    guarded, plain = outcomes(fixed_peft)
     assert_same(guarded["healthy"], plain["healthy"])
     # The mended PEFT no longer fails; under the guard it allocates as the guard on today's PEFT does.
     assert len(plain["frozen layer"]["losses"]) == len(guarded["frozen layer"]["losses"])

@@ -44,7 +44,7 @@ def assert_said(reports: list[dict[str, Any]], case: str, reason: str, names: se
         # At DEBUG on both: PEFT scores by itself here, which test_deepspeed.py and test_fsdp.py look at.
         records = [record for record in report[case]["records"] if LEFT_TO_PEFT not in record["message"]]
         assert {record["level"] for record in records} <= {level}
-        assert sorted(record["parameter"] for record in records) == sorted(names)
+        assert sorted(name for record in records for name in record["parameters"]) == sorted(names)
         assert {record["reason"] for record in records} <= {reason}
 
 

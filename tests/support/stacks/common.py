@@ -45,7 +45,7 @@ class Records(logging.Handler):
         self.seen: list[dict[str, Any]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        fields = {name: getattr(record, name, None) for name in ("parameter", "reason", "adapter", "step")}
+        fields = {name: getattr(record, name, None) for name in ("parameters", "reason", "adapter", "step")}
         self.seen.append({"level": record.levelname, "message": record.getMessage(), **fields})
 
 
