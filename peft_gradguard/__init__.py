@@ -3,7 +3,7 @@
 ``import peft_gradguard`` switches it on, before or after ``import peft``, unless ``PEFT_GRADGUARD`` says otherwise.
 The import loads neither torch nor PEFT.
 
-Errors: ``NoGradientError``, ``TrainingStackError``. What ``report`` returns: ``Report``, with ``AdapterReport``,
+Errors: ``NoGradientError``, ``ScheduleError``, ``TrainingStackError``. What ``report`` returns: ``Report``, with ``AdapterReport``,
 ``ModuleReport``, ``ParameterReport``, ``HistoryPoint``. What ``exclude`` returns: ``Exclusion``. To stop a training and
 go on with it: ``AllocatorState``.
 
@@ -18,6 +18,7 @@ import sys
 
 from .checkpoints.state import AllocatorState as AllocatorState
 from .errors import NoGradientError as NoGradientError
+from .errors import ScheduleError as ScheduleError
 from .errors import TrainingStackError as TrainingStackError
 from .memory.counts import HistoryPoint as HistoryPoint
 from .memory.counts import keep_history

@@ -27,7 +27,10 @@ def warn_of_ranks(call: AllocatorCall, budget: int, pattern: RankPattern | None)
     if first and not call.ranked:
         _found(call, "nothing ranked", _nothing_ranked(call, pattern))
     elif pattern and call.ranked and (first or budget > 0):
-        kept = sum(sum(keep) for keep in pattern.values())
+        kept, there = sum(map(sum, pattern.values())), sum(map(len, pattern.values()))
+        if budget > there:
+            # It was counted before PEFT cut the ranks (pruned.py).
+            return
         if kept == 0 < budget or (first and kept != budget):
             _found(call, "other ranks" if kept else "no rank left", _other_ranks(call, kept, budget))
         elif first:
@@ -89,7 +92,7 @@ def stopped_early(memory: Memory) -> str | None:
         return None
     return (
         f"AdaLoRA's ranks were never settled (adapter {memory.adapter!r}): the training stopped after step {step}, and "
-        f"that happens at step {final} (total_step - tfinal). So the target_r is not reached. Where it stopped early "
+        f"that happens at step {final} (total_step - tfinal), so target_r is not reached. Where it stopped early "
         "on purpose, nothing is wrong; else set total_step to the number of its optimizer steps."
     )
 
@@ -109,17 +112,17 @@ def _nothing_ranked(call: AllocatorCall, pattern: RankPattern | None) -> str | N
     scored = {name for name, count in memory.counts.of_each().items() if count.scored}
     energies = [p.name for p in trainable if p.factor == "E" and not p.excluded]
     if scored and not energies:
-        why = "no lora_E is trainable"
+        why = "No lora_E is trainable."
     elif scored and not scored.intersection(energies):
-        why = "no lora_E ever had a gradient"
+        why = "No lora_E ever had a gradient."
     elif scored:
-        why = "no module has scores for lora_E and for lora_A or lora_B"
+        why = "No module has scores for lora_E and for lora_A or lora_B."
     else:
-        why = "nothing was ever scored: this is the first call. Give it every step, from 1 on"
+        why = "Nothing was ever scored, as this is the first call: call it at every step, from 1 on."
     left = "the pattern that was there stays" if pattern else "no rank is pruned"
     return (
-        f"AdaLoRA has nothing to rank at step {call.step}, at which the final ranks are settled (adapter "
-        f"{memory.adapter!r}), so {left}: {why}. print(peft_gradguard.report(model)) tells why."
+        f"AdaLoRA has nothing to rank at step {call.step} (adapter {memory.adapter!r}), at which the final ranks are "
+        f"settled, so {left}. {why} print(peft_gradguard.report(model)) tells more."
     )
 
 
@@ -146,4 +149,7 @@ def _why_other_ranks(call: AllocatorCall) -> str:
             "All scores of lora_E are zero, as of an adapter that does not train, and ranks with equal scores go "
             "together. Does an optimizer hold its parameters, and is its learning rate above zero?"
         )
-    return "Some ranks have equal scores, and PEFT prunes them together."
+    return (
+        "Some ranks have equal scores, and PEFT prunes them together. Were parts of lora_A, lora_B and lora_E set to "
+        "the same values?"
+    )

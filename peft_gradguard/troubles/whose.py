@@ -41,7 +41,7 @@ def another_trains(adapter: str, training: Sequence[str]) -> str | None:
         return None
     other = others[0]
     return (
-        f"AdaLoRA's allocator ranks adapter {adapter!r}, but {other!r} trains, which so keeps all its ranks: PEFT "
+        f"AdaLoRA's allocator ranks adapter {adapter!r}, but {other!r} trains, and keeps all its ranks: PEFT "
         f"makes one allocator, for the first adapter. Give {other!r} its own, with tuner = model.base_model: "
         f"tuner.trainable_adapter_name = {other!r}; tuner.rankallocator = "
         f"RankAllocator(tuner.model, tuner.peft_config[{other!r}], {other!r})."

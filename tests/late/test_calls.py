@@ -249,9 +249,10 @@ def test_steps_whose_loss_gives_zeros_only_score_nothing(
         scores = dict(now)
         assert bool(listening()) == (step in zero_steps)
     in_a_row = [step for step in sorted(zero_steps) if step - 1 in zero_steps]
-    assert len(messages(caplog)) == bool(in_a_row)
+    zeros = [text for text in messages(caplog) if "exactly zero" in text]
+    assert len(zeros) == bool(in_a_row)
     if in_a_row:
-        assert f"exactly zero (adapter 'default', step {in_a_row[0]}), and the optimizer used these" in caplog.text
+        assert f"exactly zero (adapter 'default', step {in_a_row[0]}), and the optimizer used these" in zeros[0]
 
 
 @pytest.mark.parametrize("accumulation", [2, 3])

@@ -123,7 +123,9 @@ def test_advice_on_steps_that_cannot_fit(model: peft.PeftModel) -> None:
     for total in (TINIT + TFINAL, TINIT + TFINAL - 1):
         config.total_step = total
         assert f"leave none of the total_step={total} steps" in only(model).advice[0]
-    config.total_step = TINIT + TFINAL + 2 * config.deltaT
+    config.total_step = TINIT + TFINAL + 1
+    assert "leaves no masking step between" in only(model).advice[0]
+    config.total_step += 1
     assert only(model).advice == ()
     config.tinit, config.total_step = TFINAL, 2 * TFINAL
     assert f"leave none of the total_step={2 * TFINAL} steps" in only(model).advice[0]

@@ -1,22 +1,166 @@
-"""The finalising step that no call comes with."""
+"""What the finalising step leaves, and what a training leaves that ends before it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import gc
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from scenarios import FINALISING, SCENARIOS, train
+import torch
+from scenarios import FINALISING, SCENARIOS
+from scenarios import train as train_scenario
+from situations import FINAL, TOTAL, make, optimizer_of, train
+
+import peft_gradguard
 
 if TYPE_CHECKING:
     import logging
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.peft
 
 
+def only(said: Callable[[], list[str]], model: Any = None) -> str:
+    """The one thing that was said; of a model that is still there, the report says it too."""
+    (text,) = said()
+    if model is not None:
+        assert text in peft_gradguard.report(model).adapters[0].advice
+    return text
+
+
 def test_missed_finalising_step_is_named(records: list[logging.LogRecord]) -> None:
-    outcome = train(SCENARIOS["calls that miss the finalising step"])
-    messages = [record.getMessage() for record in records]
+    outcome = train_scenario(SCENARIOS["calls that miss the finalising step"])
+    messages = [record.getMessage() for record in records if record.levelname == "WARNING"]
     assert len(messages) == 1
     assert f"never called with step {FINALISING} (" in messages[0]
     kept = "pattern of the last masking step stays" if outcome.patterns[FINALISING] else "no rank is pruned at all"
     assert kept in messages[0]
+
+
+def test_steps_beyond_the_end_from_the_first_call_on(said: Callable[[], list[str]]) -> None:
+    model = make()
+    train(model, range(64, 64 * 12, 64))
+    assert f"with a step beyond {FINAL} (total_step - tfinal)" in only(said, model)
+    assert "not of samples or micro-batches" in only(said)
+
+
+def test_first_call_at_the_finalising_step(said: Callable[[], list[str]]) -> None:
+    model = make()
+    train(model, range(FINAL, TOTAL))
+    assert "Nothing was ever scored, as this is the first call" in only(said, model)
+
+
+@pytest.mark.parametrize(("every", "stays"), [(3, True), (15, True), (17, False)])
+def test_steps_that_jump_over_the_finalising_one(said: Callable[[], list[str]], every: int, stays: bool) -> None:
+    model = make(tinit=0, deltaT=1) if every != 17 else make(tinit=0, deltaT=4)
+    train(model, range(every if every != 17 else 15, 4 * TOTAL, every if every != 17 else 2 * 2))
+    text = only(said, model)
+    assert f"never called with step {FINAL} (total_step - tfinal)" in text
+    assert "The last call before it was step 15." in text
+    assert ("The pattern of the last masking step stays" in text) == stays
+    assert ("So no rank is pruned at all" in text) != stays
+
+
+def test_calls_that_come_with_the_finalising_step_twice_are_no_trouble(said: Callable[[], list[str]]) -> None:
+    def twice(model: Any, step: int) -> None:
+        model.base_model.update_and_allocate(step)
+        model.base_model.update_and_allocate(step)
+
+    train(make(), allocate=twice)
+    assert said() == []
+
+
+@pytest.mark.parametrize(("kind", "size"), [(torch.float16, 1e-6), (torch.bfloat16, 1e-30)])
+def test_half_precision_is_named_where_it_loses_all_scores(
+    said: Callable[[], list[str]], kind: torch.dtype, size: float
+) -> None:
+    model = make()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and "ranknum" not in name:
+            parameter.data = parameter.data.to(kind)
+
+    def gradients(model: Any, step: int) -> torch.Tensor:
+        # Small ones, as of a long sequence.
+        return sum((size * p).sum() for n, p in model.named_parameters() if ".lora_" in n and p.requires_grad)
+
+    train(model, loss=gradients, optimizer=torch.optim.SGD(model.parameters(), lr=1e-4))
+    text = said()[0]
+    name = str(kind).removeprefix("torch.")
+    assert f"adapters in {name} underflow to zero or become equal" in text
+    assert "autocast_adapter_dtype=True" in text
+
+
+def test_adapter_that_no_optimizer_holds(said: Callable[[], list[str]]) -> None:
+    model = make()
+    if any(p.any() for n, p in model.named_parameters() if ".lora_E." in n):
+        pytest.skip("this PEFT does not begin with an E of zero")
+    model.base_model.model.head.requires_grad_(True)
+    train(
+        model,
+        optimizer=torch.optim.AdamW(model.base_model.model.head.parameters(), lr=1e-2),
+        loss=lambda model, step: model(torch.randn(8, 6)).logits.square().mean(),
+    )
+    texts = said()
+    assert any("All scores of lora_E are zero, as of an adapter that does not train" in text for text in texts)
+    assert any("keeps 0 ranks where its budget allows" in text for text in texts)
+
+
+def test_nothing_to_rank_at_the_finalising_step(said: Callable[[], list[str]]) -> None:
+    model = make()
+    for name, parameter in model.named_parameters():
+        if ".lora_E." in name:
+            parameter.requires_grad = False
+    train(model)
+    assert f"nothing to rank at step {FINAL}" in only(said, model)
+    assert "No lora_E is trainable." in only(said)
+    assert "so no rank is pruned" in only(said)
+
+
+def test_what_the_user_has_excluded_is_no_trouble(said: Callable[[], list[str]]) -> None:
+    with peft_gradguard.exclude("*"):
+        train(make())
+    assert not [text for text in said() if "nothing to rank" in text]
+
+
+@pytest.mark.parametrize(("steps", "times"), [(4, 0), (5, 1), (FINAL - 1, 1), (FINAL, 0), (TOTAL, 0)])
+def test_training_that_ends_before_its_ranks_are_settled(said: Callable[[], list[str]], steps: int, times: int) -> None:
+    model = make()
+    train(model, range(1, steps + 1))
+    assert said() == []
+    del model
+    gc.collect()
+    assert said() == [], "nothing is said from inside a garbage collection"
+    make()
+    early = [text for text in said() if "never settled" in text]
+    assert len(early) == times
+    assert all(f"stopped after step {steps}, and that happens at step {FINAL}" in text for text in early)
+
+
+def test_training_of_which_the_guard_has_not_seen_all_is_not_judged(said: Callable[[], list[str]]) -> None:
+    model = make()
+    train(model, range(1, 10))
+    with peft_gradguard.disabled():
+        train(model, range(10, TOTAL + 1))
+    del model
+    gc.collect()
+    make()
+    assert said() == []
+
+
+def test_steps_that_begin_anew_are_judged_anew(said: Callable[[], list[str]]) -> None:
+    model = make()
+    train(model)
+    train(model)
+    assert said() == []
+
+
+def test_memory_goes_with_the_model(said: Callable[[], list[str]]) -> None:
+    import weakref
+
+    model = make()
+    optimizer = optimizer_of(model)
+    train(model, range(1, 8), optimizer=optimizer, order="late")
+    energy = weakref.ref(next(p for n, p in model.named_parameters() if "lora_E" in n))
+    del model, optimizer
+    gc.collect()
+    assert energy() is None
