@@ -3,9 +3,9 @@
 ``import peft_gradguard`` switches it on, before or after ``import peft``, unless ``PEFT_GRADGUARD`` says otherwise.
 The import loads neither torch nor PEFT.
 
-Errors: ``NoGradientError``, ``ScheduleError``, ``TrainingStackError``. What ``report`` returns: ``Report``, with ``AdapterReport``,
-``ModuleReport``, ``ParameterReport``, ``HistoryPoint``. What ``exclude`` returns: ``Exclusion``. To stop a training and
-go on with it: ``AllocatorState``.
+Errors: ``NoGradientError``, ``ScheduleError``, ``TrainingStackError``. What ``report`` returns: ``Report``, with
+``AdapterReport``, ``ModuleReport``, ``ParameterReport``, ``HistoryPoint``. What ``exclude`` returns: ``Exclusion``. To
+stop a training and go on with it: ``AllocatorState``.
 
 Public is what stands here, ``peft_gradguard.integrations.transformers.AdaLoraCallback``, the command
 ``peft-gradguard`` and the folder ``autoload``. The other modules are private: they may change in any release.

@@ -86,6 +86,10 @@ def go(model: peft.PeftModel, *steps: int) -> None:
     for step in steps:
         model.zero_grad()
         model.base_model.model(torch.randn(2, 3)).pow(2).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad
         model.base_model.update_and_allocate(step)
 
 
