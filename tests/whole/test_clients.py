@@ -86,14 +86,14 @@ def test_after_zero_grad(
 def test_on_pre_optimizer_step(model: peft.PeftModel, accumulation: int, said: Callable[[], list[str]]) -> None:
     fit(model, accumulation, Callback(model, "on_pre_optimizer_step", ahead=1))
     assert_adapted(model)
-    assert said() == []
+    assert ["called before the optimizer's step" in message for message in said()] == [True]
 
 
 @both
 def test_once_per_micro_batch(model: peft.PeftModel, accumulation: int, said: Callable[[], list[str]]) -> None:
     fit(model, accumulation, trainer=PerMicroBatch)
     assert_adapted(model)
-    assert said() == []
+    assert ["called before the optimizer's step" in message for message in said()] == [True]
 
 
 @both
