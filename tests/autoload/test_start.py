@@ -73,6 +73,8 @@ def test_the_guard_is_loaded_once_and_for_peft_alone(start: Any, monkeypatch: py
     loaded: list[bool] = []
     finder = start.PeftIsComing()
     monkeypatch.setattr(start, "load_guard", lambda: loaded.append(finder.done))
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "peft", raising=False)
     for name in ("pefta", "peft.tuners", "a", "z"):
         assert finder.find_spec(name) is None
     assert loaded == []
