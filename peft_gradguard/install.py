@@ -148,7 +148,10 @@ class PeftFinder:
     def look(self) -> None:
         """See to it that PEFT, if it is there, is wrapped, and if it is not, is not missed."""
         try:
-            apply_if_missed()
+            # While another thread executes this package, its enable() is yet to come. To import more of the package
+            # here, amid an import of PEFT, would wait for it, and it may wait for this import.
+            if not getattr(getattr(sys.modules.get(__package__), "__spec__", None), "_initializing", False):
+                apply_if_missed()
             meta_path = sys.meta_path
             if _examined is None and meta_path[0] is not self and meta_path.count(self) < MOST_TIMES_FIRST:
                 meta_path.insert(0, self)

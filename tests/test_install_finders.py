@@ -13,6 +13,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from scenarios import PEFT_VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -150,6 +151,7 @@ def ways(body: str, tmp_path: Path) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.skipif(PEFT_VERSION < (0, 6), reason="one of these tools, which fights to be first, wins in PEFT 0.5")
 def test_tools_that_come_first(tmp_path: Path) -> None:
     results = ways(
         """
@@ -394,6 +396,7 @@ def test_threads_and_children(tmp_path: Path) -> None:
     assert results == dict.fromkeys(results, True)
 
 
+@pytest.mark.skipif(PEFT_VERSION < (0, 6), reason="one of these tools, which fights to be first, wins in PEFT 0.5")
 def test_start_file_with_tools_that_come_first(tmp_path: Path) -> None:
     results = ways(
         """
