@@ -15,8 +15,9 @@ RankPattern = dict[str, list[bool]]
 
 def budget_name(triplet: Triplet) -> str:
     """Return the triplet's name in ``RankAllocator.name_set``, as PEFT's ``_set_budget_scheduler`` makes it."""
-    # By E, as torch.nn.utils.parametrize renames A where it has one.
-    return triplet.E.name.replace("lora_E", "%s")
+    # Not by the name of A, which torch.nn.utils.parametrize changes.
+    module, factor = triplet.E.module, len(".lora_E")
+    return f"{module}.lora_A{triplet.E.name[len(module) + factor :]}".replace("lora_A", "%s")
 
 
 def is_uncut(parameters: Sequence[AdaLoraParameter], rank_pattern: RankPattern, adapter: str) -> bool:
