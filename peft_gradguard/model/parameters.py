@@ -38,6 +38,8 @@ class AdaLoraParameter(NamedTuple):
     """Where the parameter was gathered from, if it is only a copy for one allocator call (FSDP2)."""
     excluded: bool = False
     """Whether the user has excluded it (``exclusions.py``)."""
+    parametrized: bool = False
+    """Whether ``torch.nn.utils.parametrize`` has it in the place of the factor: PEFT scores it, but cannot rank it."""
 
 
 class Triplet(NamedTuple):
@@ -71,8 +73,9 @@ def modules_inside_modules_to_save(modules: Iterable[str]) -> set[str]:
 
 
 def takes_part(parameter: AdaLoraParameter, scored: Container[str]) -> bool:
-    """Say whether this part of a triplet counts in ranking: it is trainable, scored, and not excluded."""
-    return parameter.parameter.requires_grad and parameter.name in scored and not parameter.excluded
+    """Say whether this part of a triplet counts in ranking: trainable, scored, not excluded, and found by PEFT."""
+    counts = parameter.parameter.requires_grad and not (parameter.excluded or parameter.parametrized)
+    return counts and parameter.name in scored
 
 
 def ranked_triplets(

@@ -37,20 +37,21 @@ def adalora_parameters(model: torch.nn.Module, adapter: str) -> list[AdaLoraPara
     """Return the AdaLoRA parameters of ``adapter``, in the model's own order, by one walk over the model.
 
     The adapter's name is matched exactly. PEFT's own test (``adapter_name in name``) takes the parameters of an adapter
-    ``default_eval`` for those of ``default``. What ``torch.nn.utils.parametrize`` keeps in the place of one counts as
-    that one: PEFT scores it.
+    ``default_eval`` for those of ``default``. What ``torch.nn.utils.parametrize`` keeps in the place of one is there
+    too, as PEFT scores it.
     """
     suffixes = tuple(f".lora_{factor}.{adapter}" for factor in "ABE")
     width = len(suffixes[0])
     parametrized = f".parametrizations.{adapter}.original"
-    found = []
+    found: list[AdaLoraParameter] = []
     for name, parameter in named_parameters(model):
         if name.endswith(suffixes):
             found.append(AdaLoraParameter(name, parameter, name[:-width], name[6 - width]))  # type: ignore[arg-type]
         elif parametrized in name:
             module, _, factor = name.rpartition(parametrized)[0].rpartition(".lora_")
-            if factor in tuple("ABE"):
-                found.append(AdaLoraParameter(name, parameter, module, factor))  # type: ignore[arg-type]
+            if factor in ("A", "B", "E"):
+                one = AdaLoraParameter(name, parameter, module, factor, parametrized=True)  # type: ignore[arg-type]
+                found.append(one)
     return found
 
 

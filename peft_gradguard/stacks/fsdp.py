@@ -73,7 +73,7 @@ def require_whole_gradients(parameters: Sequence[AdaLoraParameter], at: str) -> 
     """
     for parameter in parameters:
         gradient = parameter.parameter.grad
-        if gradient is not None and gradient.dim() != 2:
+        if gradient is not None and gradient.dim() != parameter.parameter.dim():
             raise TrainingStackError(
                 f"FSDP shows the AdaLoRA parameters whole but their gradients in pieces {at}: call update_and_allocate "
                 "inside FSDP.summon_full_params(model, with_grads=True)."

@@ -24,7 +24,8 @@ def whole(parameters: Iterable[AdaLoraParameter]) -> list[AdaLoraParameter]:
     parameters = list(parameters)
     for parameter in parameters:
         # A, B and E are matrices in every layer type; ZeRO 3 and FSDP1 leave flat pieces, on some processes empty ones.
-        if parameter.parameter.dim() != 2:
+        # What a parametrization keeps in the place of one may have any shape.
+        if parameter.parameter.dim() != 2 and not parameter.parametrized:
             raise (deepspeed if is_of_zero3(parameter.parameter) else fsdp).in_pieces(parameter)
     return [fsdp.gathered(parameter) if is_dtensor(parameter.parameter) else parameter for parameter in parameters]
 

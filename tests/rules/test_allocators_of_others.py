@@ -1,0 +1,97 @@
+"""Subclasses whose code names odd things, and calls at odd moments: no error that plain PEFT does not raise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import pytest
+import torch
+from peft.tuners.adalora import RankAllocator
+from scenarios import FINALISING, branches, build, loss_of, vectors
+from steps import advance, new_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import peft
+
+pytestmark = [pytest.mark.peft]
+
+
+class Proxy:
+    """Stands for something that is not there yet, and says so to whoever looks at it."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("there is no request")
+
+
+request = Proxy()
+
+
+def scores_by_weight(allocator: RankAllocator, model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            for kind in (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc):
+                kind[name] = parameter.detach().abs()
+
+
+class NamesForEver(RankAllocator):
+    def update_ipt(self, model: Any) -> None:
+        if self.adapter_name == "never":
+            mock.call(model)
+        ANY_CALL  # noqa: B018
+        scores_by_weight(self, model)
+
+
+ANY_CALL = mock.call
+
+
+class NamesProxy(RankAllocator):
+    def update_ipt(self, model: Any) -> None:
+        request  # noqa: B018
+        scores_by_weight(self, model)
+
+
+def _with_an_empty_cell() -> type[RankAllocator]:
+    gone = 1
+
+    class NamesNothing(RankAllocator):
+        def update_ipt(self, model: Any) -> None:
+            if self.adapter_name == "never":
+                print(gone)  # noqa: F821
+            scores_by_weight(self, model)
+
+    del gone
+    return NamesNothing
+
+
+@pytest.mark.parametrize("kind", [NamesForEver, NamesProxy, _with_an_empty_cell()], ids=lambda kind: kind.__name__)
+def test_subclass_whose_code_names_something_odd(kind: type[RankAllocator]) -> None:
+    model = new_model(kind)
+    advance(model, *range(1, FINALISING + 1))
+    assert model.peft_config["default"].rank_pattern
+
+
+def test_all_is_frozen_for_the_moment_of_the_call(said: Callable[[], list[str]]) -> None:
+    model = build(branches())
+    loss_of(model, vectors(1), False).backward()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    model.base_model.update_and_allocate(1)
+    assert ["are frozen" in message for message in said()] == [True]
+
+
+def test_pattern_is_masked_by_hand_without_a_schedule() -> None:
+    model = new_model()
+    advance(model, *range(1, FINALISING))
+    config = model.peft_config["default"]
+    config.total_step = None
+    model.base_model.rankallocator.mask_using_rank_pattern(model.base_model.model, config.rank_pattern)
+    assert _zero_rows(model) == sum(keep.count(False) for keep in config.rank_pattern.values())
+
+
+def _zero_rows(model: peft.PeftModel) -> int:
+    energies = [parameter for name, parameter in model.named_parameters() if ".lora_E." in name]
+    return sum(int(torch.count_nonzero(energy == 0)) for energy in energies)
