@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..memory.memory import memory_of
@@ -140,14 +140,11 @@ def scores_of(allocator: RankAllocator) -> Mapping[str, torch.Tensor]:
 
 def plain_step(step: Any) -> int | None:
     """Return a step as an ``int``, whatever integer it is: NumPy's, a tensor that is counted up in place, a float."""
-    try:
-        return int(operator.index(step))
-    except TypeError:
-        pass
-    try:
-        return int(step.item() if hasattr(step, "item") else step)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
+    for number in (operator.index, lambda step: step.item() if hasattr(step, "item") else step):
+        # A type of the user's own may raise whatever it likes.
+        with suppress(Exception):
+            return int(number(step))
+    return None
 
 
 def _key(allocator: RankAllocator) -> tuple[int, int]:

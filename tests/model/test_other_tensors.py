@@ -26,7 +26,7 @@ def train_parametrized(factor: str) -> tuple[dict[str, torch.Tensor], Any]:
         parametrize.register_parametrization(getattr(module, f"lora_{factor}"), "default", Half())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(1, TOTAL + 1):
-        loss_of(model, vectors(step)).backward()
+        loss_of(model, vectors(step), regularised=True).backward()
         optimizer.step()
         model.base_model.update_and_allocate(step)
         optimizer.zero_grad()

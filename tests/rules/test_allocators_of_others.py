@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.adalora import RankAllocator
 from scenarios import FINALISING, branches, build, loss_of, vectors
-from steps import advance, new_model
+from steps import advance, backward, new_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +90,21 @@ def test_pattern_is_masked_by_hand_without_a_schedule() -> None:
     config.total_step = None
     model.base_model.rankallocator.mask_using_rank_pattern(model.base_model.model, config.rank_pattern)
     assert _zero_rows(model) == sum(keep.count(False) for keep in config.rank_pattern.values())
+
+
+class Moment(float):
+    """A step that can be compared and counted with, and is no index."""
+
+    def __index__(self) -> int:
+        raise RuntimeError("a moment is no index")
+
+
+def test_step_of_a_type_of_the_users_own() -> None:
+    model = new_model()
+    for step in range(1, FINALISING + 1):
+        backward(model, step)
+        model.base_model.update_and_allocate(Moment(step))
+    assert model.peft_config["default"].rank_pattern
 
 
 def _zero_rows(model: peft.PeftModel) -> int:
