@@ -28,14 +28,14 @@ _orphans: dict[int, weakref.ref[Watch]] = {}
 class Watch(Ending):
     """Whether the adapter of one allocator is trained. Keeps no model alive: ``r`` numbers, and the guard's memory.
 
-    It holds its E, as E holds it: ``torch.utils.swap_tensors``, which ``Module.to`` may use, refuses tensors that are
-    known weakly.
+    It is handed its E and does not know it: to hold it would be a circle that outlives the model, and
+    ``torch.utils.swap_tensors``, which ``Module.to`` may use, refuses tensors that are known weakly.
     """
 
     # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
     __torch_unserializable__ = True
 
-    def __init__(self, memory: Memory, energy: torch.nn.Parameter, ranked: frozenset[int]) -> None:
+    def __init__(self, memory: Memory, ranked: frozenset[int]) -> None:
         super().__init__(memory)
         self.ranked = ranked
         """The ids of the parameters that the allocator ranks."""
@@ -43,25 +43,22 @@ class Watch(Ending):
         """Which of the ranks of E are kept by the pattern that the config came with."""
         self.trained = False
         """Whether its values were seen to change between two gradients."""
-        self._energy = energy
         self._first: torch.Tensor | None = None
         self._done = False
         """Whether there is nothing more to find out."""
         self._orphaned = False
 
-    def __call__(self, gradient: torch.Tensor) -> None:
-        """See a gradient come (the hook on E)."""
+    def __call__(self, energy: torch.Tensor) -> None:
+        """See that a gradient has come (the hook on E)."""
         # Whatever goes wrong here would make somebody's backward fail.
         with harmless("see whether an adapter is trained"):
             if self.ended and not self._orphaned:
                 self._orphaned = True
-                self._be_an_orphan()
+                self._be_an_orphan(energy)
             if not (self._done or self.trained or (self.memory.called and not self._orphaned)):
-                energy = self._energy
-                if not torch.is_inference_mode_enabled():
-                    self.trained = self._has_changed(energy)
-                    if self.trained:
-                        self._say_whose(energy)
+                self.trained = self._has_changed(energy)
+                if self.trained:
+                    self._say_whose(energy)
             if anything_has_ended():
                 say_what_has_ended()
 
@@ -77,15 +74,14 @@ class Watch(Ending):
                 self.memory.adapter,
             )
 
-    def _be_an_orphan(self) -> None:
+    def _be_an_orphan(self, energy: torch.Tensor) -> None:
         """Begin anew: the adapter gets gradients, and its allocator is gone."""
-        energy = self._energy
         self._done = not self.has_seen_all()
         self.trained, self._first = False, None
         if not self._done:
             _orphans[id(energy)] = weakref.ref(self)
 
-    def _say_whose(self, energy: torch.nn.Parameter) -> None:
+    def _say_whose(self, energy: torch.Tensor) -> None:
         if not self._orphaned:
             if self.memory.seen.came_with is not None and len(energy) == len(self.cut_to) and not all(self.cut_to):
                 self.memory.said.warn_once(PATTERN, "%s", anothers_pattern(self.memory.adapter))
@@ -95,11 +91,13 @@ class Watch(Ending):
         if _orphans.pop(id(energy), None) is not None and not adopted and self.has_seen_all():
             self.memory.said.warn_once("no allocator", "%s", without_allocator(self.memory.adapter))
 
-    def _has_changed(self, energy: torch.nn.Parameter) -> bool:
+    def _has_changed(self, energy: torch.Tensor) -> bool:
         # Only plain tensors are looked at: to compare shards would be a collective, and to read a value while a CUDA
         # graph is recorded would break it.
         now = energy.detach()
-        if type(now) is not torch.Tensor or now.is_meta or (now.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if torch.is_inference_mode_enabled() or type(now) is not torch.Tensor or now.is_meta:
+            return False
+        if now.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         if self._first is None:
             self._first = now.clone()
@@ -122,11 +120,12 @@ def watch_for_calls(call: AllocatorCall) -> None:
     # Of the others the last one: who freezes layers freezes the first ones.
     energies.reverse()
     energies.sort(key=lambda p: (p.name not in named, all(named.get(p.name, ()))))
-    if energies:
+    # Torch before 2.1 has no such hooks.
+    if energies and hasattr(torch.Tensor, "register_post_accumulate_grad_hook"):
         memory.watched = True
-        watch = Watch(memory, energies[0].parameter, frozenset(id(p.parameter) for p in call.parameters))
+        watch = Watch(memory, frozenset(id(p.parameter) for p in call.parameters))
         watch.cut_to = list(named.get(energies[0].name, ()))
-        energies[0].parameter.register_hook(watch)  # type: ignore[no-untyped-call]
+        energies[0].parameter.register_post_accumulate_grad_hook(watch)  # type: ignore[no-untyped-call]
         judge_at_the_end(allocator, watch)
     say_what_has_ended()
 

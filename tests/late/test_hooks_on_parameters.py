@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -74,3 +76,17 @@ class Own(torch.optim.Optimizer):
 def test_optimizer_that_means_something_else_by_found_inf(model: peft.PeftModel, found_inf: object) -> None:
     late(model, Own(model.parameters(), found_inf), 1, 2, 3)
     assert len(model.base_model.rankallocator.ipt) == 12
+
+
+def test_parameters_of_a_model_that_was_never_called_go_with_it_without_a_collection() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = build(branches())
+        for step in (1, 2):
+            loss_of(model, vectors(step), False).backward()
+        energies = [weakref.ref(parameter) for name, parameter in model.named_parameters() if ".lora_E." in name]
+        del model
+        assert [energy() for energy in energies] == [None] * len(energies)
+    finally:
+        gc.enable()
