@@ -23,7 +23,7 @@ from .troubles.overlap import warn_of_overlap
 from .troubles.schedule import explained
 from .troubles.uncalled import watch_for_calls
 from .troubles.unmatched import warn_of_unmatched_patterns
-from .wrapper import is_own
+from .wrapper import is_own, scores_by_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,13 +50,17 @@ def update_and_allocate(
     due = call.scoring_is_due
     if not due:
         call.memory.late.stop()
-    # Where user code has put its own update_ipt in place of the guarded one, it is shown what that would be shown.
     replaced = due and not is_own(allocator, "update_ipt")
+    # Where user code has put its own update_ipt in place of the guarded one, it is shown what that would be shown,
+    # unless it scores by something else than gradients.
+    by_gradients = replaced and scores_by_gradients(allocator)
     with under_way(call):
         if not due or replaced:
             # Where nobody asks for the guard's budget_schedule or update_ipt, this is the moment to settle it.
             rank(call)
-        with scoring(call) if replaced else nullcontext():
+        if replaced:
+            call.view.show_the_model()
+        with scoring(call) if by_gradients else nullcontext():
             result = peft(call.view)
         with harmless("note what a step has left"):
             note_step(call, *result)
@@ -116,9 +120,13 @@ def mask_to_budget(
         with harmless("look at what is to be masked"):
             warn_of_unmatched_patterns(call)
             warn_of_overlap(call)
+        before = getattr(allocator, "init_bgt", 0)
         if settled(call) or ranks_in_its_own_way(call):
-            with explained(call, budget):
-                pattern = peft(call.view)
+            now = getattr(allocator, "init_bgt", 0)
+            # A budget that was asked for before the set became smaller may be more than all that is left.
+            changed = (round(budget * now / before),) if now < before and budget >= now else ()
+            with explained(call, *(changed or (budget,))):
+                pattern = peft(call.view, *changed)
             keep_masks(call.parameters, pattern)
             return pattern
     existing: RankPattern | None = allocator.peft_config.rank_pattern

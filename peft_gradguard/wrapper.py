@@ -190,9 +190,11 @@ def is_pefts(allocator: RankAllocator, *names: str) -> bool:
 def scores_by_gradients(allocator: RankAllocator) -> bool:
     """Say whether its ``update_ipt`` reads gradients or calls the guarded one: itself, or in a function that it calls.
 
-    PEFT's method does; a subclass may score by something else, and then needs none.
+    PEFT's method does; a subclass may score by something else, and then needs none. True where that cannot be seen.
     """
     found, seen = [_found_first(allocator, "update_ipt")], {"super"}
+    if not isinstance(found[0], FunctionType | MethodType):
+        return True
     for _ in range(3):
         if any(map(is_guarded, found)):
             return True

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from ..log import harmless
 from ..model.gradients import step_gradients
 from ..stacks.stack import require_gradients
-from ..wrapper import scores_by_gradients
 from .broken_loop import nothing_to_score, say_late_and_zero
 
 if TYPE_CHECKING:
@@ -33,9 +32,7 @@ def scoring(call: AllocatorCall) -> Iterator[bool]:
     with _gradients_to_score(call) as gradients:
         call.usable = [parameter for parameter in call.parameters if gradients.reasons[parameter.name] is None]
         call.view.show(call.usable)
-        if not scores_by_gradients(call.allocator):
-            call.view.show_the_model()
-        elif call.usable:
+        if call.usable:
             with harmless("say what is left out"):
                 memory.said.skips(gradients.reasons, call.step)
         else:

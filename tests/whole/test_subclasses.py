@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 import types
+import unittest.mock
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -336,3 +337,61 @@ def test_arguments_by_name_stay_arguments_by_name() -> None:
     allocator, inner = model.base_model.rankallocator, model.base_model.model
     allocator.update_and_allocate(model=inner, global_step=1, force_mask=False)
     assert allocator.seen == [0, ["force_mask", "global_step", "model"]]
+
+
+# -- What stands in the place of update_ipt cannot always be looked into
+
+
+def assign_a_partial(model: peft.PeftModel) -> None:
+    allocator = model.base_model.rankallocator
+    allocator.update_ipt = functools.partial(RankAllocator.update_ipt, allocator)
+
+
+def assign_a_mock(model: peft.PeftModel) -> None:
+    allocator = model.base_model.rankallocator
+    allocator.update_ipt = unittest.mock.Mock(wraps=allocator.update_ipt)
+
+
+def assign_an_object(model: peft.PeftModel) -> None:
+    class Calls:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __call__(self, model: Any) -> None:
+            self.inner(model)
+
+    allocator = model.base_model.rankallocator
+    allocator.update_ipt = Calls(allocator.update_ipt)
+
+
+def assign_own_code_in_an_object(model: peft.PeftModel) -> None:
+    allocator = model.base_model.rankallocator
+    allocator.update_ipt = functools.partial(OwnScoringAndSchedule.update_ipt, allocator)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in time", "late"])
+@pytest.mark.parametrize("assign", [assign_a_partial, assign_a_mock, assign_an_object, assign_own_code_in_an_object])
+def test_callables_in_the_place_of_a_method(assign: Callable[[peft.PeftModel], None], late: bool) -> None:
+    model = new_model(frozen=("1",))
+    assign(model)
+    got, expected = train(model, late), train(new_model(frozen=("1",)), late)
+    assert got["pattern"] == expected["pattern"]
+    assert sum(map(sum, got["pattern"].values())) == 3 * 2
+
+
+@pytest.mark.parametrize("frozen_between", [(), ("0",), ("0", "1", "2")])
+def test_layers_frozen_between_the_budget_and_the_mask(frozen_between: tuple[str, ...]) -> None:
+    model = new_model()
+    allocator, inner = model.base_model.rankallocator, model.base_model.model
+    for name, parameter in model.named_parameters():
+        if "lora_E" in name:
+            torch.nn.init.normal_(parameter)
+    model(torch.randn(4, 8)).pow(2).mean().backward()
+    allocator.update_ipt(inner)
+    budget, _ = allocator.budget_schedule(TOTAL)
+    for name, parameter in inner.named_parameters():
+        if name.startswith(tuple(f"{module}.lora_" for module in frozen_between)):
+            parameter.requires_grad_(False)
+    pattern = allocator.mask_to_budget(inner, budget)
+    left = 4 - len(frozen_between)
+    assert sum(map(sum, pattern.values())) == (budget if budget < 4 * left else 2 * left)
