@@ -148,6 +148,7 @@ class Oracle:
         there = _there(facts, facts.gradients)
         trainable = {key for key, trains in facts.trainable.items() if trains}
         late, lent, own = self.late, False, _some_are_not_zero(there)
+        kept = {} if late is None or own else late.kept
         if late is not None and own:
             # In time. Where the optimizer has stepped, its gradients are those that are there.
             late.without_step = 0
@@ -162,7 +163,8 @@ class Oracle:
         if not any(gradient.any() for gradient in usable.values()):
             usable = {}
         if not trainable:
-            if not self.ipt:
+            # Gradients that are there, be they zeros, show that all was frozen after the backward.
+            if not self.ipt and all(gradient is None for gradient in {**facts.gradients, **kept}.values()):
                 raise BrokenLoopError
         elif zeroed or not there:
             self._call_is_late(zeroed, lent, trainable)
