@@ -54,6 +54,11 @@ class LateCalls:
             self._kept.start_anew(parameters if own else ())
             self._kept.follow(parameters)
 
+    def give_up(self) -> None:
+        """Before an error: a loop may swallow it, and what has happened before this call is no matter of the next."""
+        if self._kept.listens:
+            self._kept.start_anew(())
+
     def take_up(self, order: Order, parameters: Sequence[AdaLoraParameter]) -> None:
         """Go on in the order of a training before, whose state was put back."""
         self.stop()
@@ -80,8 +85,7 @@ class LateCalls:
         hopeless = (never_scored and not left_out) or self.no_optimizer_steps
         turned = verdict(self.order, found, stepped=kept.stepped, hopeless=hopeless)
         if turned.gives_up:
-            # A loop may swallow the error and go on: what has happened before this call is no matter of the next.
-            kept.start_anew(())
+            self.give_up()
         else:
             self.order = turned.order
             kept.copies = turned.order.copies

@@ -70,6 +70,7 @@ def _none_can_be_scored(call: AllocatorCall, gradients: StepGradients) -> None:
     # gradients are there, all was frozen since the backward, perhaps for a moment only.
     never = not (call.scored or call.memory.counts.has_scored())
     if never and not excluded and not any(p.parameter.grad is not None for p in call.parameters):
+        call.memory.late.give_up()
         raise NoGradientError(
             f"All {len(reasons)} AdaLoRA parameters are frozen (requires_grad is False) and none was ever scored "
             f"{call.at}, so AdaLoRA has nothing to train. {_how_to_thaw(call, others)}, or leave out the call of "

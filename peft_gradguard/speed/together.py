@@ -5,7 +5,7 @@ PEFT starts a dozen small tensor operations for each parameter. ``torch._foreach
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,7 +28,7 @@ def new_scores(
     All tensors are of one device and data type. Each product and each sum is made by itself, as PEFT does: a fused
     multiply-add (``alpha=``, ``addcmul``, ``lerp``) rounds otherwise. In-place only where nobody else has the tensor.
     """
-    beta1, rest1, beta2, rest2 = _factors(betas, parameters[0].parameter.dtype)
+    beta1, rest1, beta2, rest2 = _factors(betas, parameters[0].parameter)
     for chunk in _chunks(parameters):
         names = [parameter.name for parameter in chunk]
         gradients = [parameter.parameter.grad for parameter in chunk]
@@ -45,15 +45,18 @@ def new_scores(
         yield from zip(names, ipt, average, uncertainty, strict=True)
 
 
-def _factors(betas: tuple[float, float], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return the four factors, as tensors: torch multiplies a list by one of its own type in half the time.
+def _factors(betas: tuple[float, float], like: torch.Tensor) -> list[Any]:
+    """Return the four factors; on the CPU as tensors: torch multiplies a list by one of its type in half the time.
 
-    Half precision is multiplied in single precision, by the factor as it is there.
+    Half precision is multiplied in single precision, by the factor as it is there. A GPU does so with numbers too, and
+    would have to wait for tensors.
     """
     beta1, beta2 = betas
-    wide = torch.promote_types(dtype, torch.float32)
-    # On the CPU, as numbers are, whatever the default device.
-    return [torch.tensor(factor, dtype=wide, device="cpu") for factor in (beta1, 1 - beta1, beta2, 1 - beta2)]
+    factors = [beta1, 1 - beta1, beta2, 1 - beta2]
+    if like.device.type != "cpu":
+        return factors
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return [torch.tensor(factor, dtype=wide, device="cpu") for factor in factors]  # whatever the default device
 
 
 def _chunks(parameters: list[AdaLoraParameter]) -> Iterator[list[AdaLoraParameter]]:

@@ -51,6 +51,29 @@ def test_everything_frozen_is_named() -> None:
         model.base_model.update_and_allocate(1)
 
 
+def test_error_that_a_loop_swallows_is_no_matter_of_the_next_call(model: peft.PeftModel) -> None:
+    """An optimizer's step before the error is not taken for one since: the next one is left out, as on an overflow."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    factors = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+    def late(step: int, *, trainable: bool, steps: bool) -> None:
+        for parameter in factors.values():
+            parameter.requires_grad = trainable
+        if trainable:
+            sum((p * p).sum() for p in factors.values()).backward()
+        if steps:
+            optimizer.step()
+        optimizer.zero_grad()
+        model.base_model.update_and_allocate(step)
+
+    late(1, trainable=True, steps=True)
+    with pytest.raises(peft_gradguard.NoGradientError, match="are frozen"):
+        late(2, trainable=False, steps=True)
+    late(3, trainable=True, steps=False)
+    late(4, trainable=True, steps=True)
+    assert model.base_model.rankallocator.exp_avg_ipt
+
+
 def test_call_before_the_first_backward_is_named() -> None:
     model = build(SCENARIOS["frozen layer"])
     model.base_model.update_and_allocate(1)
