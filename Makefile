@@ -38,6 +38,7 @@ build: .venv/ready  ## wheel and source distribution, and what checks them
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/python tests/support/long_description.py dist/*.whl
 	$(BIN)/validate-pyproject pyproject.toml
 
 proof: .venv/stacks  ## the guard against the oracle of its rules, in 20,000 random trainings
