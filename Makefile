@@ -38,6 +38,7 @@ build: .venv/ready  ## wheel and source distribution, and what checks them
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/python tests/support/long_description.py dist/*.whl
 	$(BIN)/validate-pyproject pyproject.toml
 
 proof: .venv/stacks  ## the guard against the oracle of its rules, in 20,000 random trainings
@@ -47,10 +48,11 @@ soak: .venv/stacks  ## 50,000 steps and 200 models, and 2,000 trainings in four 
 	$(BIN)/python tests/support/soak.py
 	$(BIN)/python -W ignore tests/support/soak_threads.py
 
+# Not --quiet: what it does not print, it does not count as an error either.
 docs: .venv/ready  ## the docs as pages, in site/; a dead link is an error
 	$(PIP) --editable ".[docs]"
-	$(BIN)/mkdocs build --strict --quiet
-	@echo "The pages are in site/: open site/index.html."
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "The pages are in site/. To read and search them: $(BIN)/python -m http.server --directory site"
 
 gpu:  ## what needs CUDA, with the torch and PEFT that python3 has (no installation)
 	$(PYTHON) -m pytest tests/gpu -q -p no:cacheprovider
@@ -93,4 +95,4 @@ mutants: .venv/stacks coverage  ## every small change of the package: does a tes
 	$(BIN)/python tests/mutants.py
 
 clean:  ## remove what the other targets have made
-	rm -rf .venv .matrix .mutants .coverage* .durations.xml dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .matrix .mutants .coverage* .durations.xml dist build site .mypy_cache .ruff_cache .pytest_cache

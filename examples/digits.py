@@ -1,7 +1,7 @@
 """Handwritten digits: a small vision transformer that knows 0 to 4 learns all ten digits with AdaLoRA.
 
 The training has two things that plain PEFT cannot stand: adapters that the user froze, and a branch that some batches
-do not use. ``make demo`` runs it: first plain PEFT, then the fix that is passed on for it, then the guard. It needs no
+do not use. ``make demo`` runs it: first plain PEFT, then the fix that people share for it, then the guard. It needs no
 network and no GPU, and less than two minutes on two cores.
 """
 
@@ -181,7 +181,7 @@ def training(model: peft.PeftModel, digits: Digits) -> Iterator[Step]:
 
 @contextmanager
 def passed_on_remedy() -> Iterator[None]:
-    """Assign ``RankAllocator.update_ipt`` with the line that is passed on as the fix, and take it back."""
+    """Assign ``RankAllocator.update_ipt`` with the line that people share as the fix, and take it back."""
     # vars, because plain attribute access would give a bound form of the guard's wrapper, which must not be put back.
     original = vars(RankAllocator)["update_ipt"]
 
@@ -305,7 +305,7 @@ def demo(train: Digits, test: Digits, picture: Path) -> None:
     with peft_gradguard.disabled():
         show_failure(train)
 
-    heading("2. The remedy that is passed on: skip such parameters in update_ipt")
+    heading("2. The remedy that people share: skip such parameters in update_ipt")
     with peft_gradguard.disabled(), passed_on_remedy():
         show_failure(train)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,7 @@ from environments import (
     sdist,
     wheel,
 )
+from long_description import long_description, relative_targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +43,38 @@ def test_wheel_places_the_start_up_files() -> None:
         assert "peft_gradguard/autoload/sitecustomize.py" in names
         for name in ("peft_gradguard.pth", "peft_gradguard.start"):
             assert archive.read(name) == (REPOSITORY / "startup" / name).read_bytes()
+
+
+def test_long_description_stands_alone() -> None:
+    text = long_description(str(wheel()))
+    assert relative_targets(text) == []
+    linked = re.findall(r"\]\(https://\S+?/peft-gradguard/peft_gradguard/(?:blob/)?main/([^)#]+)", text)
+    assert linked
+    assert [name for name in linked if not (REPOSITORY / name).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "breach",
+    [
+        "![A picture](docs/ranks.png)",
+        "[a page](docs/report.md)",
+        "[`code`](../x)",
+        "[x][y]\n\n[y]: docs/faq.md",
+        '<img src="docs/ranks.png">',
+    ],
+)
+def test_relative_link_or_picture_in_the_long_description_fails(breach: str, tmp_path: Path) -> None:
+    text = long_description(str(wheel()))
+    broken = tmp_path / "broken.whl"
+    with zipfile.ZipFile(broken, "w") as archive:
+        archive.writestr("peft_gradguard-0.dist-info/METADATA", f"Name: peft-gradguard\n\n{text}\n{breach}\n")
+    looked = subprocess.run(
+        [sys.executable, REPOSITORY / "tests" / "support" / "long_description.py", broken],
+        capture_output=True,
+        text=True,
+    )
+    assert looked.returncode == 1
+    assert "relative links or pictures" in looked.stderr
 
 
 def test_wheel_from_the_sdist_is_the_same(tmp_path: Path) -> None:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "peft", "transformers", "wrapt", "peft_gradguard")
 AUTOLOADING = "_peft_gradguard_start"
+METHODS = (
+    "update_ipt", "update_and_allocate", "budget_schedule", "mask_to_budget", "mask_using_rank_pattern",
+    "_set_budget_scheduler",
+)  # fmt: skip
+"""Those that the guard wraps, as in ``wrapper.py``."""
 
 
 def look() -> dict[str, Any]:
@@ -27,11 +32,10 @@ def look() -> dict[str, Any]:
         seen["error"] = f"peft.tuners.adalora cannot be imported ({type(error).__name__}: {error})".splitlines()[0]
         seen["ways_in"] = ways_in()
         return seen
-    switch, wrapper = (sys.modules.get(f"peft_gradguard.{name}") for name in ("switch", "wrapper"))
+    switch = sys.modules.get("peft_gradguard.switch")
     seen["ways_in"] = ways_in()
     seen["enabled"] = switch is not None and switch.is_enabled()
-    methods = wrapper.METHODS if wrapper else ("update_ipt", "update_and_allocate", "mask_to_budget")
-    seen["methods"] = {name: wrappers(vars(RankAllocator).get(name)) for name in methods}
+    seen["methods"] = {name: wrappers(vars(RankAllocator).get(name)) for name in METHODS}
     seen["needs_guard"] = fails_without_gradient(innermost(RankAllocator.update_ipt))
     return seen
 

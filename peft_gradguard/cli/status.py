@@ -100,8 +100,8 @@ def judge(found: dict[str, Any], meaning: str | None) -> tuple[State, str]:
         return "off", f"{SWITCH} switches it off"
     if meaning != "on" and not found.get("ways_in"):
         if meaning == "not understood":
-            return "off", f"the value of {SWITCH} is not understood: set it to one of {', '.join(ON)}"
-        return "off", f"{SWITCH} is not set: set it to 1, or import peft_gradguard in the program"
+            return "off", f"the value of {SWITCH} is not understood. Set it to one of {', '.join(ON)}"
+        return "off", f"{SWITCH} is not set. Set it to 1, or import peft_gradguard in the program"
     return "on but not applied", _why_not_applied(found)
 
 

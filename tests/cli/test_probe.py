@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     import pytest
 
-METHODS = ("update_ipt", "update_and_allocate", "mask_to_budget")
 IMPORTED = "import peft_gradguard in somebody's start-up code"
 
 
@@ -31,10 +30,9 @@ def test_look_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["methods"] == {name: {"guarded": True, "others": []} for name in wrapper.METHODS}
     with switch.disabled():
         assert probe.look()["enabled"] is False
-    for name in ("switch", "wrapper"):
-        monkeypatch.delitem(sys.modules, f"peft_gradguard.{name}")
+    monkeypatch.delitem(sys.modules, "peft_gradguard.switch")
     without = probe.look()
-    assert (without["enabled"], list(without["methods"])) == (False, list(METHODS))
+    assert (without["enabled"], list(without["methods"])) == (False, list(wrapper.METHODS)), "on and off the same"
 
 
 def test_peft_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,9 +52,9 @@ def test_what_is_on_is_on(ways_in: list[str], why: str, meaning: str) -> None:
 @pytest.mark.parametrize(
     ("meaning", "why"),
     [
-        ("unset", "PEFT_GRADGUARD is not set: set it to 1, or import peft_gradguard in the program"),
+        ("unset", "PEFT_GRADGUARD is not set. Set it to 1, or import peft_gradguard in the program"),
         ("off", "PEFT_GRADGUARD switches it off"),
-        ("not understood", "the value of PEFT_GRADGUARD is not understood: set it to one of 1, true, yes, on"),
+        ("not understood", "the value of PEFT_GRADGUARD is not understood. Set it to one of 1, true, yes, on"),
     ],
 )
 @pytest.mark.parametrize("others", [unguarded(*METHODS), {"error": "no PEFT", "methods": {}, "enabled": None}])

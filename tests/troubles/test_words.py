@@ -353,7 +353,7 @@ def test_words_are_short_and_say_who_speaks(name: str) -> None:
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_each_message_has_its_row(name: str) -> None:
-    beginnings = re.findall(r"^\| `(.+?)` \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    beginnings = re.findall(r"^### `(.+)`$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     patterns = [".*".join(map(re.escape, beginning.split("..."))) for beginning in beginnings]
     for message in messages(golden()[name]):
         assert [p for p in patterns if re.match(p, message)], message
