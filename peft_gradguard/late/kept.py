@@ -67,6 +67,8 @@ class KeptGradients(StepListener):
         """Keep the gradients of these parameters from now on."""
         self.listens = True
         self.follow(parameters)
+        # A call that has scored nothing begins: what it has found, zeros, the next step may still use.
+        self._fresh.update(key for key, parameter in self._watched.items() if parameter.grad is not None)
         listen(self)
 
     def follow(self, parameters: Sequence[AdaLoraParameter]) -> None:

@@ -248,6 +248,31 @@ def test_gradients_that_a_call_has_scored_are_not_scored_again(
     assert_same_scores(without, with_calls)
 
 
+def test_zeros_that_no_call_has_scored_are_those_of_the_next_step(model: peft.PeftModel) -> None:
+    """A branch that rests keeps the zeros of a step before, as nobody has cleared them: the optimizer uses them."""
+    factors = [(name, p) for name, p in model.named_parameters() if ".lora_" in name]
+    optimizer = torch.optim.SGD([p for _, p in factors], lr=0.1)
+
+    def backward(scale: float, factors: list[tuple[str, torch.nn.Parameter]]) -> None:
+        sum((scale * p * p).sum() for _, p in factors).backward()
+
+    backward(1.0, factors)
+    optimizer.step()
+    model.base_model.update_and_allocate(1)
+    optimizer.zero_grad()
+    backward(0.0, factors)
+    optimizer.step()
+    model.base_model.update_and_allocate(2)
+    backward(1.0, factors[1:])
+    optimizer.step()
+    optimizer.zero_grad()
+    model.base_model.update_and_allocate(3)
+    allocator = model.base_model.rankallocator
+    resting, used = (allocator.ipt[name.removeprefix("base_model.model.")] for name, _ in (factors[0], factors[1]))
+    assert not resting.any()
+    assert used.any()
+
+
 def test_steps_of_other_optimizers_do_not_count() -> None:
     """A scaler leaves the adapter's first steps out, while another model's optimizer steps: no error."""
     model, other = make(), torch.nn.Linear(8, 1)
