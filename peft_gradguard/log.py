@@ -16,12 +16,27 @@ logger = logging.getLogger("peft_gradguard")
 
 def say(level: int, message: str, *args: Any, extra: dict[str, Any] | None = None, exc_info: bool = False) -> None:
     """Log; where a handler, filter or record factory raises, write the message and that error to stderr instead."""
+    cleared = _progress_bars_cleared(level)
     try:
         logger.log(level, message, *args, extra=extra, exc_info=exc_info)
     except Exception as error:
         # The program may have closed its stderr too: then the message is lost.
         with contextlib.suppress(Exception):
             print(f"peft_gradguard: {message % args} (logging failed on this: {error!r})", file=sys.stderr)
+    finally:
+        with contextlib.suppress(Exception):
+            cleared.close()
+
+
+def _progress_bars_cleared(level: int) -> contextlib.ExitStack:
+    """Take tqdm's bars off the terminal for the moment, so that a message does not begin at the end of one."""
+    cleared = contextlib.ExitStack()
+    tqdm = sys.modules.get("tqdm.std")
+    with contextlib.suppress(Exception):
+        if tqdm is not None and logger.isEnabledFor(level):
+            # Without tqdm's lock: another thread or process may hold it for long.
+            cleared.enter_context(tqdm.tqdm.external_write_mode(sys.stderr, nolock=True))
+    return cleared
 
 
 @contextlib.contextmanager

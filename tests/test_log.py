@@ -12,6 +12,8 @@ import torch
 from scenarios import FINALISING, TARGET_R, frozen
 from steps import advance, kept_ranks, new_model
 
+from peft_gradguard import log
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -162,3 +164,32 @@ def test_broken_logging_at_debug_stops_no_training(model: peft.PeftModel, monkey
         monkeypatch.undo()
         logger.manager._clear_cache()  # type: ignore[attr-defined]
     assert len(model.base_model.rankallocator.exp_avg_ipt) == 12
+
+
+def test_messages_do_not_stick_to_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger("peft_gradguard").addHandler(handler)
+    try:
+        with tqdm.tqdm(total=3, mininterval=0) as bar:
+            bar.update()
+            log.say(logging.WARNING, "A message.")
+            log.say(logging.DEBUG, "Not shown.")
+    finally:
+        logging.getLogger("peft_gradguard").removeHandler(handler)
+    before, _, after = capsys.readouterr().err.partition("A message.\n")
+    # What stands on the line then is blank, and the bar is drawn anew below.
+    assert before.split("\r")[-1] == ""
+    assert before.split("\r")[-2].strip() == ""
+    assert "1/3" in after
+    assert after.count("1/3") <= 2
+
+
+def test_progress_bars_that_cannot_be_cleared_stop_no_message(
+    records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.std", None)
+    log.say(logging.WARNING, "One.")
+    monkeypatch.setitem(sys.modules, "tqdm.std", sys)
+    log.say(logging.WARNING, "Two.")
+    assert [record.getMessage() for record in records] == ["One.", "Two."]

@@ -40,7 +40,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 def names() -> dict[str, Any]:
     import torch
     import transformers
-    from scenarios import TOTAL, adalora_config, branches, build, vectors
+    from scenarios import TOTAL, adalora_config, branches, build, two_branches, vectors
     from trainers import Examples
 
     import peft_gradguard
@@ -53,6 +53,12 @@ def names() -> dict[str, Any]:
         use_cpu=True, disable_tqdm=True, label_names=["labels"], remove_unused_columns=False,
     )  # fmt: skip
 
+    made: list[torch.nn.Module] = []
+
+    def make_base_model() -> torch.nn.Module:
+        made.append(two_branches())
+        return made[-1]
+
     def train(model: Any) -> None:
         model.peft_config["default"].rank_pattern = None
         for step, batch in enumerate(batches, start=1):
@@ -64,6 +70,8 @@ def names() -> dict[str, Any]:
     return {
         "torch": torch, "model": model, "optimizer": optimizer, "batches": batches, "step": 1, "train": train,
         "loss": model(**batches[0]).loss, "arguments": arguments, "train_dataset": Examples(),
+        "eval_dataset": torch.utils.data.Subset(Examples(), range(32)),
+        "make_base_model": make_base_model, "made": made,
         "config": adalora_config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
         "device": torch.device("cpu"), "peft_gradguard": peft_gradguard,
     }  # fmt: skip
@@ -123,7 +131,7 @@ NEEDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "deepspeed": deepspeed_world,
     "fsdp": one_process_world,
 }
-OPTIONAL = ("deepspeed", "trl")
+OPTIONAL = ("deepspeed", "optuna", "trl")
 """Packages without which a block is passed over."""
 
 
@@ -133,6 +141,14 @@ def adapted(namespace: dict[str, Any]) -> None:
 
     import peft_gradguard
 
+    if "best" in namespace:
+        # A sweep leaves no model in its Trainer. E of a new adapter is zero, so that one that never trained keeps 0.
+        kept = [
+            sum(int(p.count_nonzero()) for n, p in m.named_parameters() if "lora_E" in n) for m in namespace["made"]
+        ]
+        assert 2 * namespace["best"].hyperparameters["target_r"] in kept, kept
+        assert sum(ranks in (2, 4, 6) for ranks in kept) == len(kept) - kept.count(0) == 3, kept
+        return
     model = namespace["trainer"].model if "trainer" in namespace else namespace["model"]
     (adapter,) = peft_gradguard.report(model).adapters
     assert adapter.step == FINALISING, f"the last call was at step {adapter.step}"
