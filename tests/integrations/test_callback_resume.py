@@ -207,7 +207,7 @@ def best_of(model: nn.Module, best: int, **more: Any) -> transformers.Trainer:
     evaluated = iter(range(1, STEPS + 1))
     given = {
         "eval_dataset": torch.utils.data.Subset(Points(), range(4)),
-        "compute_metrics": lambda predicted: {"badness": float(next(evaluated) != best)},
+        "compute_metrics": lambda predicted: {"badness": float(abs(next(evaluated) - best))},
     }
     return trainer(
         model, "best", given, load_best_model_at_end=True, metric_for_best_model="badness", greater_is_better=False,
@@ -231,6 +231,27 @@ def test_the_best_is_loaded_whatever_ranks_it_had(best: int, said: Callable[[], 
     with peft_gradguard.disabled():
         expected = peft.PeftModel.from_pretrained(base(), run.state.best_model_checkpoint)
     assert torch.allclose(output(model), output(expected), atol=1e-6)
+    run.save_model("chosen")
+    with peft_gradguard.disabled():
+        chosen = peft.PeftModel.from_pretrained(base(), "chosen")
+    assert torch.allclose(output(chosen), output(expected), atol=1e-6)
+    assert chosen.peft_config["default"].rank_pattern == expected.peft_config["default"].rank_pattern
+    assert said() == []
+
+
+@pytest.mark.peft
+def test_the_best_of_a_training_that_stops_early(said: Callable[[], list[str]]) -> None:
+    model = adapted()
+    run = best_of(model, 4)
+    run.add_callback(transformers.EarlyStoppingCallback(3))
+    run.train()
+    assert run.state.global_step == 7
+    with peft_gradguard.disabled():
+        expected = peft.PeftModel.from_pretrained(base(), "best/checkpoint-4")
+    assert torch.allclose(output(model), output(expected), atol=1e-6)
+    assert f"the ranks are not final: AdaLoRA settles them at step {STEPS - TFINAL}" in " ".join(
+        str(peft_gradguard.report(model)).split()
+    )
     run.save_model("chosen")
     with peft_gradguard.disabled():
         chosen = peft.PeftModel.from_pretrained(base(), "chosen")

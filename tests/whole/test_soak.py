@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
+import soak_kills
 from soak import Lives, run_lifetimes, run_steps
 
 
@@ -18,3 +23,12 @@ def test_memory_stays_flat_and_each_name_is_logged_once() -> None:
 
 def test_models_go_with_their_last_reference() -> None:
     assert run_lifetimes(10) == Lives(at_once=10)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is neither fork nor SIGKILL")
+def test_killed_at_random_moments() -> None:
+    # By itself: its lives are forks, and this process has threads.
+    command = [sys.executable, "-W", "ignore", soak_kills.__file__, "3"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("killed 3 times") == 2
