@@ -123,10 +123,11 @@ def mask_to_budget(
         before = getattr(allocator, "init_bgt", 0)
         if settled(call) or ranks_in_its_own_way(call):
             now = getattr(allocator, "init_bgt", 0)
-            # A budget that was asked for before the set became smaller may be more than all that is left.
-            changed = (round(budget * now / before),) if now < before and budget >= now else ()
-            with explained(call, *(changed or (budget,))):
-                pattern = peft(call.view, *changed)
+            if now < before and budget >= now:
+                # It was asked for before the set became smaller, and may be more than all that is left.
+                budget = round(budget * now / before)
+            with explained(call, budget):
+                pattern = peft(call.view, budget)
             keep_masks(call.parameters, pattern)
             return pattern
     existing: RankPattern | None = allocator.peft_config.rank_pattern

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def deepspeed_holds_gradient(parameter: torch.Tensor) -> bool:
@@ -11,8 +14,7 @@ def deepspeed_holds_gradient(parameter: torch.Tensor) -> bool:
     ZeRO 1 and 2 mark such a parameter with ``_hp_mapping`` (which may itself be None on a rank, hence the test for its
     presence), ZeRO 3 with ``ds_id``. ``safe_get_full_grad`` would tell too, but it is a collective.
     """
-    # Most parameters have no attributes of their own, and to look for one that is not there takes torch long.
-    return bool(parameter.__dict__) and (hasattr(parameter, "_hp_mapping") or is_of_zero3(parameter))
+    return hasattr(parameter, "_hp_mapping") or is_of_zero3(parameter)
 
 
 def is_of_zero3(parameter: torch.Tensor) -> bool:
@@ -22,7 +24,7 @@ def is_of_zero3(parameter: torch.Tensor) -> bool:
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Say whether this is a ``DTensor``, as FSDP2 (``fully_shard``) and tensor parallelism make of parameters."""
-    return type(tensor) is not torch.nn.Parameter and hasattr(tensor, "full_tensor")
+    return hasattr(tensor, "full_tensor")
 
 
 def is_flattened_by_fsdp(parameter: torch.Tensor) -> bool:

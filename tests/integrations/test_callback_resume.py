@@ -221,6 +221,18 @@ def output(model: nn.Module) -> torch.Tensor:
         return model(Points()[0]["x"].abs()[None])["out"]  # type: ignore[no-any-return]
 
 
+def assert_chosen(run: transformers.Trainer, checkpoint: str) -> None:
+    """The model has become that of the checkpoint, and is saved as plain PEFT loads it."""
+    with peft_gradguard.disabled():
+        expected = peft.PeftModel.from_pretrained(base(), checkpoint)
+    assert torch.allclose(output(run.model), output(expected), atol=1e-6)
+    run.save_model("chosen")
+    with peft_gradguard.disabled():
+        chosen = peft.PeftModel.from_pretrained(base(), "chosen")
+    assert torch.allclose(output(chosen), output(expected), atol=1e-6)
+    assert chosen.peft_config["default"].rank_pattern == expected.peft_config["default"].rank_pattern
+
+
 @pytest.mark.peft
 @pytest.mark.parametrize("best", [1, 4, 7, STEPS - TFINAL, STEPS])
 def test_the_best_is_loaded_whatever_ranks_it_had(best: int, said: Callable[[], list[str]]) -> None:
@@ -228,14 +240,7 @@ def test_the_best_is_loaded_whatever_ranks_it_had(best: int, said: Callable[[], 
     run = best_of(model, best)
     run.train()
     assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    with peft_gradguard.disabled():
-        expected = peft.PeftModel.from_pretrained(base(), run.state.best_model_checkpoint)
-    assert torch.allclose(output(model), output(expected), atol=1e-6)
-    run.save_model("chosen")
-    with peft_gradguard.disabled():
-        chosen = peft.PeftModel.from_pretrained(base(), "chosen")
-    assert torch.allclose(output(chosen), output(expected), atol=1e-6)
-    assert chosen.peft_config["default"].rank_pattern == expected.peft_config["default"].rank_pattern
+    assert_chosen(run, run.state.best_model_checkpoint)
     assert said() == []
 
 
@@ -246,17 +251,10 @@ def test_the_best_of_a_training_that_stops_early(said: Callable[[], list[str]]) 
     run.add_callback(transformers.EarlyStoppingCallback(3))
     run.train()
     assert run.state.global_step == 7
-    with peft_gradguard.disabled():
-        expected = peft.PeftModel.from_pretrained(base(), "best/checkpoint-4")
-    assert torch.allclose(output(model), output(expected), atol=1e-6)
     assert f"the ranks are not final: AdaLoRA settles them at step {STEPS - TFINAL}" in " ".join(
         str(peft_gradguard.report(model)).split()
     )
-    run.save_model("chosen")
-    with peft_gradguard.disabled():
-        chosen = peft.PeftModel.from_pretrained(base(), "chosen")
-    assert torch.allclose(output(chosen), output(expected), atol=1e-6)
-    assert chosen.peft_config["default"].rank_pattern == expected.peft_config["default"].rank_pattern
+    assert_chosen(run, "best/checkpoint-4")
     assert said() == []
 
 

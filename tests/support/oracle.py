@@ -148,7 +148,7 @@ class Oracle:
         there = _there(facts, facts.gradients)
         trainable = {key for key, trains in facts.trainable.items() if trains}
         late, lent, own = self.late, False, _some_are_not_zero(there)
-        kept = {} if late is None or own else late.kept
+        gradients = facts.gradients
         if late is not None and own:
             # In time. Where the optimizer has stepped, its gradients are those that are there.
             late.without_step = 0
@@ -156,7 +156,8 @@ class Oracle:
             self.late = None if late.suspicion and late.step_seen else late
         elif late is not None:
             lent = bool(late.kept)
-            there = _there(facts, {**facts.gradients, **late.kept})
+            gradients = {**gradients, **late.kept}
+            there = _there(facts, gradients)
             late.suspicion &= not _some_are_not_zero(there)
         zeroed = bool(there) and not _some_are_not_zero(there)
         usable = {k: g for k, g in there.items() if g.isfinite().all()}
@@ -164,7 +165,7 @@ class Oracle:
             usable = {}
         if not trainable:
             # Gradients that are there, be they zeros, show that all was frozen after the backward.
-            if not self.ipt and all(gradient is None for gradient in {**facts.gradients, **kept}.values()):
+            if not self.ipt and all(gradient is None for gradient in gradients.values()):
                 raise BrokenLoopError
         elif zeroed or not there:
             self._call_is_late(zeroed, lent, trainable)

@@ -115,14 +115,19 @@ def test_frozen_layers_leave_the_budget_of_a_subclass_too(kind: type[RankAllocat
     assert got["budgets"][-1] == (2 * 4, 2 * 2)
 
 
-def test_methods_called_one_after_the_other_by_hand() -> None:
-    model = new_model(frozen=("0",))
+def scored_by_hand(model: peft.PeftModel) -> tuple[Any, torch.nn.Module]:
+    """Score one backward, and return the allocator and what its methods are called with."""
     allocator, inner = model.base_model.rankallocator, model.base_model.model
     for name, parameter in model.named_parameters():
         if "lora_E" in name:
             torch.nn.init.normal_(parameter)
     model(torch.randn(4, 8)).pow(2).mean().backward()
     allocator.update_ipt(inner)
+    return allocator, inner
+
+
+def test_methods_called_one_after_the_other_by_hand() -> None:
+    allocator, inner = scored_by_hand(new_model(frozen=("0",)))
     assert (allocator.init_bgt, allocator.target_bgt, len(allocator.name_set)) == (12, 6, 3)
     assert allocator.budget_schedule(TOTAL)[0] == 6
     assert sum(map(sum, allocator.mask_to_budget(inner, 6).values())) == 6
@@ -381,13 +386,7 @@ def test_callables_in_the_place_of_a_method(assign: Callable[[peft.PeftModel], N
 
 @pytest.mark.parametrize("frozen_between", [(), ("0",), ("0", "1", "2")])
 def test_layers_frozen_between_the_budget_and_the_mask(frozen_between: tuple[str, ...]) -> None:
-    model = new_model()
-    allocator, inner = model.base_model.rankallocator, model.base_model.model
-    for name, parameter in model.named_parameters():
-        if "lora_E" in name:
-            torch.nn.init.normal_(parameter)
-    model(torch.randn(4, 8)).pow(2).mean().backward()
-    allocator.update_ipt(inner)
+    allocator, inner = scored_by_hand(new_model())
     budget, _ = allocator.budget_schedule(TOTAL)
     for name, parameter in inner.named_parameters():
         if name.startswith(tuple(f"{module}.lora_" for module in frozen_between)):
