@@ -143,7 +143,7 @@ class _Allocator:
         )
         memory = memory_for(allocator)
         memory.called = memory.called or step != NOWHERE
-        memory.loaded = False
+        memory.loaded = memory.other_ranks = False
         memory.seen.came_with = None
         memory.late.take_up(ORDERS[order], self.parameters)
         memory.counts.step = None if step == NOWHERE else step
