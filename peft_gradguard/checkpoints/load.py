@@ -126,6 +126,7 @@ def _put_back(tuner: AdaLoraModel, allocator: RankAllocator, state: dict[str, An
     if not whole or pattern != config.rank_pattern:
         tensors = expanded(saved, keeps, untouched=not memory.called)
         state.update({prefix + name: tensor for name, tensor in tensors.items()})
+        memory.other_ranks = memory.other_ranks or pattern != config.rank_pattern
         config.rank_pattern = pattern
         # It is no other training's.
         memory.seen.came_with = None

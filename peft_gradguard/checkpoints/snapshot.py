@@ -56,7 +56,7 @@ def put_back(tuners: Sequence[AdaLoraModel], state: Mapping[str, torch.Tensor]) 
     allocators = [_Allocator(tuner) for tuner in tuners]
     parts = [_part(state, f"{number}.") for number in range(len(tuners))]
     for allocator, part in zip(allocators, parts, strict=True):
-        allocator.refuse_other_schedules(part)
+        allocator.refuse_others(part)
     for allocator, part in zip(allocators, parts, strict=True):
         allocator.put_back(part)
 
@@ -103,8 +103,8 @@ class _Allocator:
                 state[f"kept.{parameter.name}"] = torch.tensor(keep, dtype=torch.bool)
         return state
 
-    def refuse_other_schedules(self, state: State) -> None:
-        """Raise where the state is one of another schedule."""
+    def refuse_others(self, state: State) -> None:
+        """Raise where the state is one of another schedule, or not to be understood."""
         here = _numbers(getattr(self.config, name) for name in SCHEDULE).tolist()
         there = state["schedule"].tolist()
         differences = [
@@ -116,6 +116,9 @@ class _Allocator:
             raise ValueError(
                 f"This state of AdaLoRA's adapter {self.adapter!r} has another schedule: {'; '.join(differences)}."
             )
+        order = state["progress"].tolist()[2]
+        if order not in range(len(ORDERS)):
+            raise ValueError(f"This peft_gradguard does not know the order of calls {order} that is in the state.")
 
     def put_back(self, state: State) -> None:
         """Put the state of this allocator back."""
@@ -143,7 +146,7 @@ class _Allocator:
         )
         memory = memory_for(allocator)
         memory.called = memory.called or step != NOWHERE
-        memory.loaded = False
+        memory.loaded = memory.other_ranks = False
         memory.seen.came_with = None
         memory.late.take_up(ORDERS[order], self.parameters)
         memory.counts.step = None if step == NOWHERE else step

@@ -35,6 +35,8 @@ class Memory:
         """How many of them have scored anything."""
         self.loaded = False
         """Whether tensors were loaded into the adapter since its ranks were allocated last (``checkpoints/``)."""
+        self.other_ranks = False
+        """Whether they have brought other ranks with them."""
         self.cut: list[RankPattern] = []
         """The last patterns that saved tensors were cut by."""
         self.watched = False

@@ -35,6 +35,8 @@ class Look(NamedTuple):
     counts: Counts
     called: bool
     """Whether the guard saw an allocator call."""
+    other_ranks: bool
+    """Whether other ranks were loaded since they were allocated last."""
     parameters: list[AdaLoraParameter]
     layer_ranks: dict[str, int]
     """Per module, how many ranks PEFT says that it has; for parameters of which only a piece is here."""

@@ -73,6 +73,7 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
         allocator,
         counts,
         bool(memory and memory.called),
+        bool(memory and memory.other_ranks),
         parameters,
         {
             name: module.r[adapter]
@@ -132,7 +133,8 @@ def _final(look: Look) -> bool | None:
     if step is None or final_step is None or look.allocator is None:
         return None
     if step >= final_step:
-        return True
+        # The best checkpoint may be one of an earlier step (load_best_model_at_end).
+        return None if look.other_ranks else True
     # PEFT forgets the scores when it settles the ranks, and the guard may have been off then; or they were never kept.
     forgotten = not look.allocator.exp_avg_ipt and any(count.scored for count in look.counts.of_each().values())
     return None if forgotten else False

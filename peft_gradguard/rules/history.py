@@ -21,7 +21,7 @@ def note_step(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> 
         # From now on the pattern in the config is this training's.
         call.memory.seen.came_with = None
     if pattern:
-        call.memory.loaded = False
+        call.memory.loaded = call.memory.other_ranks = False
     if not call.scoring_is_due and call.scored:
         counts.importance = importance(allocator, call.parameters)
     if history_is_kept() and call.step is not None:

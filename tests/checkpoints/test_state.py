@@ -221,14 +221,18 @@ def test_the_state_of_another_is_refused_and_changes_nothing(model: Callable[[],
         (lambda state: state.pop("0.budget"), "only this model has '0.budget'"),
         (lambda state: state.update(more=torch.zeros(1)), "only the state has 'more'"),
         (lambda state: state.update({"0.budget": [1, 2]}), "'0.budget' is no tensor"),
+        (lambda state: state["0.progress"].__setitem__(2, 99), "does not know the order of calls 99"),
     ],
 )
 def test_a_state_that_is_none_is_refused(change: Callable[[dict[str, Any]], Any], words: str) -> None:
     model = trained(9)
     state = AllocatorState(model).state_dict()
     change(state)
+    there, _ = made()
+    before = facts(there)
     with pytest.raises(ValueError, match=words):
-        AllocatorState(model).load_state_dict(state)
+        AllocatorState(there).load_state_dict(state)
+    assert same(facts(there), before)
 
 
 def test_without_a_trainable_adapter() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -240,6 +241,10 @@ def test_the_best_is_loaded_whatever_ranks_it_had(best: int, said: Callable[[], 
     run = best_of(model, best)
     run.train()
     assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    settled = json.loads(Path("best", f"checkpoint-{STEPS}", "adapter_config.json").read_text())["rank_pattern"]
+    (found,) = peft_gradguard.report(model).adapters
+    assert found.final is (True if model.peft_config["default"].rank_pattern == settled else None)
+    assert found.final or best < STEPS - TFINAL
     assert_chosen(run, run.state.best_model_checkpoint)
     assert said() == []
 
