@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..wrapper import is_own
-from .ended import Ending, judge_at_the_end
+from .ended import Ending, judge_at_the_end, not_judged
 
 if TYPE_CHECKING:
     from ..memory.memory import Memory
@@ -70,11 +70,27 @@ def judge_the_end_of(call: AllocatorCall) -> None:
     judge_at_the_end(call.allocator, _Early(call.memory))
 
 
+def note_that_a_copy_goes_on(call: AllocatorCall) -> None:
+    """At an allocator's first call, see whether it is a copy (``copy.deepcopy(model)``) that trains another's on.
+
+    A copy comes with the scores of what it was copied from.
+    """
+    for other in not_judged() if call.scored else ():
+        memory = other.memory
+        if isinstance(other, _Early) and memory is not call.memory and memory.adapter == call.memory.adapter:
+            scored = {name for name, count in memory.counts.of_each().items() if count.scored}
+            if scored == call.scored.keys():
+                other.copied_at = memory.counts.step
+
+
 class _Early(Ending):
     """Whether a training stops before its final ranks are settled."""
 
+    copied_at: int | None = None
+    """The last step before a copy of the model has gone on with the training."""
+
     def judge(self) -> None:
-        words = stopped_early(self.memory)
+        words = stopped_early(self.memory) if self.copied_at != self.memory.counts.step else None
         if words is not None and self.has_seen_all():
             self.memory.said.warn_once("stopped early", "%s", words)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,54 @@ def test_training_of_which_the_guard_has_not_seen_all_is_not_judged(said: Callab
     gc.collect()
     make()
     assert said() == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("last", [FINAL - 1, TOTAL])
+def test_training_that_goes_on_in_a_copy_is_judged_by_the_copy(
+    said: Callable[[], list[str]], kept: bool, last: int
+) -> None:
+    original = make()
+    train(original, range(1, 8))
+    copied = copy.deepcopy(original)
+    if not kept:
+        del original
+        gc.collect()
+    train(copied, range(8, last + 1))
+    del copied
+    if kept:
+        del original
+    gc.collect()
+    make()
+    early = [text for text in said() if "never settled" in text]
+    assert len(early) == (last < FINAL)
+    assert all(f"stopped after step {last}," in text for text in early)
+
+
+def test_training_that_goes_on_beside_its_copy_is_judged_too(said: Callable[[], list[str]]) -> None:
+    original = make()
+    optimizer = optimizer_of(original)
+    train(original, range(1, 8), optimizer=optimizer)
+    copied = copy.deepcopy(original)
+    train(copied, range(8, TOTAL + 1))
+    train(original, range(8, 10), optimizer=optimizer)
+    del original, copied, optimizer
+    gc.collect()
+    make()
+    early = [text for text in said() if "never settled" in text]
+    assert ["stopped after step 9," in text for text in early] == [True]
+
+
+def test_copy_that_does_not_train_ends_nothing(said: Callable[[], list[str]]) -> None:
+    original = make()
+    train(original, range(1, 8))
+    copied = copy.deepcopy(original)
+    copied.eval()
+    del original
+    gc.collect()
+    make()
+    assert len([text for text in said() if "never settled" in text]) == 1
+    assert copied is not None
 
 
 def test_steps_that_begin_anew_are_judged_anew(said: Callable[[], list[str]]) -> None:
