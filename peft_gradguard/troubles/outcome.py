@@ -48,7 +48,7 @@ def warn_in_final_phase(call: AllocatorCall, pattern: RankPattern | None) -> Non
     if call.scored:
         last = memory.counts.step
         jump = "" if last is None else f" The last call before it was step {last}."
-        follows = "The pattern of the last masking step stays in force." if pattern else "So no rank is pruned at all."
+        follows = "The ranks of the last masking step stay." if pattern else "So no rank is pruned at all."
         words = (
             f"AdaLoRA's final ranks were not settled (adapter {memory.adapter!r}): update_and_allocate was never "
             f"called with step {final} (total_step - tfinal).{jump} {follows} Call it at every optimizer step, with "
@@ -107,8 +107,8 @@ def stopped_early(memory: Memory) -> str | None:
     if max((count.scored for count in memory.counts.of_each().values()), default=0) < ENOUGH:
         return None
     return (
-        f"AdaLoRA's ranks were never settled (adapter {memory.adapter!r}): the training stopped after step {step}, and "
-        f"that happens at step {final} (total_step - tfinal), so target_r is not reached. Where it stopped early "
+        f"AdaLoRA's ranks were never settled (adapter {memory.adapter!r}): the training stopped after step {step}, but "
+        f"they are settled at step {final} (total_step - tfinal), so target_r is not reached. If it stopped early "
         "on purpose, nothing is wrong; else set total_step to the number of its optimizer steps."
     )
 
@@ -156,13 +156,13 @@ def _why_other_ranks(call: AllocatorCall) -> str:
     if kinds:
         kind = str(min(kinds, key=str)).removeprefix("torch.")
         return (
-            f"Scores of adapters in {kind} underflow to zero or become equal, and ranks with equal scores go together. "
-            "Keep the adapter in float32: get_peft_model(..., autocast_adapter_dtype=True), and no model.half() or "
-            ".to(dtype) after it; with older PEFT, make the lora_ parameters float() before training."
+            f"Scores of adapters in {kind} underflow to zero or become equal, and ranks with equal scores are pruned "
+            "together. Keep the adapter in float32: get_peft_model(..., autocast_adapter_dtype=True), and no "
+            "model.half() or .to(dtype) after it; with older PEFT, make the lora_ parameters float() before training."
         )
     if not any(bool(score.any()) for score in scores):
         return (
-            "All scores of lora_E are zero, as of an adapter that does not train, and ranks with equal scores go "
+            "All scores of lora_E are zero, as if the adapter did not train, and ranks with equal scores are pruned "
             "together. Does an optimizer hold its parameters, and is its learning rate above zero?"
         )
     return (

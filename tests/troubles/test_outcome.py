@@ -34,7 +34,7 @@ def test_missed_finalising_step_is_named(records: list[logging.LogRecord]) -> No
     messages = [record.getMessage() for record in records if record.levelname == "WARNING"]
     assert len(messages) == 1
     assert f"never called with step {FINALISING} (" in messages[0]
-    kept = "pattern of the last masking step stays" if outcome.patterns[FINALISING] else "no rank is pruned at all"
+    kept = "ranks of the last masking step stay" if outcome.patterns[FINALISING] else "no rank is pruned at all"
     assert kept in messages[0]
 
 
@@ -58,7 +58,7 @@ def test_steps_that_jump_over_the_finalising_one(said: Callable[[], list[str]], 
     text = only(said, model)
     assert f"never called with step {FINAL} (total_step - tfinal)" in text
     assert "The last call before it was step 15." in text
-    assert ("The pattern of the last masking step stays" in text) == stays
+    assert ("The ranks of the last masking step stay" in text) == stays
     assert ("So no rank is pruned at all" in text) != stays
 
 
@@ -102,7 +102,7 @@ def test_adapter_that_no_optimizer_holds(said: Callable[[], list[str]]) -> None:
         loss=lambda model, step: model(torch.randn(8, 6)).logits.square().mean(),
     )
     texts = said()
-    assert any("All scores of lora_E are zero, as of an adapter that does not train" in text for text in texts)
+    assert any("All scores of lora_E are zero, as if the adapter did not train" in text for text in texts)
     assert any("keeps 0 ranks where its budget allows" in text for text in texts)
 
 
@@ -134,7 +134,7 @@ def test_training_that_ends_before_its_ranks_are_settled(said: Callable[[], list
     make()
     early = [text for text in said() if "never settled" in text]
     assert len(early) == times
-    assert all(f"stopped after step {steps}, and that happens at step {FINAL}" in text for text in early)
+    assert all(f"stopped after step {steps}, but they are settled at step {FINAL}" in text for text in early)
 
 
 def test_training_of_which_the_guard_has_not_seen_all_is_not_judged(said: Callable[[], list[str]]) -> None:
