@@ -248,7 +248,7 @@ def _settle_total_step(allocator: RankAllocator, steps: int) -> None:
 def _require_room(config: AdaLoraConfig, steps: int) -> None:
     if config.tinit + config.tfinal >= steps:
         raise ValueError(
-            f"AdaLoRA has no step left in which to allocate ranks: tinit={config.tinit} and tfinal={config.tfinal} "
+            f"AdaLoRA has no step left for pruning: tinit={config.tinit} and tfinal={config.tfinal} "
             f"take up all of total_step={steps}. Train longer, or lower tinit or tfinal."
         )
 

@@ -19,7 +19,7 @@ CAUSES = (
     "no part in this step (disabled, merged)."
 )
 REMEDY = "Call it after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step."
-KEEPING = "Until then the optimizer's gradients are kept."
+KEEPING = "Until then the guard keeps each step's gradients."
 
 LATE = "The %d AdaLoRA parameters have no gradient %s, so nothing is scored. %s %s %s"
 LATE_AND_ZERO = (

@@ -74,6 +74,11 @@ def living() -> list[Ending]:
     return [ending for endings in list(_endings.values()) for ending in endings]
 
 
+def not_judged() -> list[Ending]:
+    """Return what will judge the trainings whose allocator is still there, or has just gone."""
+    return [*living(), *_ended]
+
+
 def _end(allocator_id: int) -> None:
     for ending in _endings.pop(allocator_id, ()):
         ending.ended = True

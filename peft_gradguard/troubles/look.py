@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..log import harmless
 from .cleared import watch_for_cleared_gradients
 from .order import watch_the_order
-from .outcome import judge_the_end_of, warn_in_final_phase, warn_of_ranks
+from .outcome import judge_the_end_of, note_that_a_copy_goes_on, warn_in_final_phase, warn_of_ranks
 from .pruned import warn_of_pruned_adapter
 from .reach import warn_of_unreached_adapter
 from .replaced import warn_of_replaced_methods
@@ -25,6 +25,10 @@ def look_at_the_door(call: AllocatorCall) -> None:
     if call.was_looked_at:
         return
     first, call.was_looked_at = not call.memory.called, True
+    if first:
+        # Before what has ended is judged.
+        with harmless("look whether a copy trains on"):
+            note_that_a_copy_goes_on(call)
     with harmless("look at an allocator"):
         note_call(call)
         if first:

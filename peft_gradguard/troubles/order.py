@@ -116,7 +116,7 @@ def _close(call: AllocatorCall, steps: StepListener | None) -> None:
 def _say(call: AllocatorCall) -> None:
     words = call.memory.seen.troubles[TOPIC] = (
         f"AdaLoRA's update_and_allocate is called before the optimizer's step {call.at}. The step writes over the "
-        "mask: pruned ranks come back in memory, but not in what is saved, and the two give other results. Call it "
+        "mask: pruned ranks come back in memory, but not in what is saved, and the two give different results. Call it "
         "after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step."
     )
     call.memory.said.warn_once(TOPIC, "%s", words)

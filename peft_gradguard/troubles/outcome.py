@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..wrapper import is_own
-from .ended import Ending, judge_at_the_end
+from .ended import Ending, judge_at_the_end, not_judged
 
 if TYPE_CHECKING:
     from ..memory.memory import Memory
@@ -48,7 +48,7 @@ def warn_in_final_phase(call: AllocatorCall, pattern: RankPattern | None) -> Non
     if call.scored:
         last = memory.counts.step
         jump = "" if last is None else f" The last call before it was step {last}."
-        follows = "The pattern of the last masking step stays in force." if pattern else "So no rank is pruned at all."
+        follows = "The ranks of the last masking step stay." if pattern else "So no rank is pruned at all."
         words = (
             f"AdaLoRA's final ranks were not settled (adapter {memory.adapter!r}): update_and_allocate was never "
             f"called with step {final} (total_step - tfinal).{jump} {follows} Call it at every optimizer step, with "
@@ -70,11 +70,27 @@ def judge_the_end_of(call: AllocatorCall) -> None:
     judge_at_the_end(call.allocator, _Early(call.memory))
 
 
+def note_that_a_copy_goes_on(call: AllocatorCall) -> None:
+    """At an allocator's first call, see whether it is a copy (``copy.deepcopy(model)``) that trains another's on.
+
+    A copy comes with the scores of what it was copied from.
+    """
+    for other in not_judged() if call.scored else ():
+        memory = other.memory
+        if isinstance(other, _Early) and memory is not call.memory and memory.adapter == call.memory.adapter:
+            scored = {name for name, count in memory.counts.of_each().items() if count.scored}
+            if scored == call.scored.keys():
+                other.copied_at = memory.counts.step
+
+
 class _Early(Ending):
     """Whether a training stops before its final ranks are settled."""
 
+    copied_at: int | None = None
+    """The last step before a copy of the model has gone on with the training."""
+
     def judge(self) -> None:
-        words = stopped_early(self.memory)
+        words = stopped_early(self.memory) if self.copied_at != self.memory.counts.step else None
         if words is not None and self.has_seen_all():
             self.memory.said.warn_once("stopped early", "%s", words)
 
@@ -91,8 +107,8 @@ def stopped_early(memory: Memory) -> str | None:
     if max((count.scored for count in memory.counts.of_each().values()), default=0) < ENOUGH:
         return None
     return (
-        f"AdaLoRA's ranks were never settled (adapter {memory.adapter!r}): the training stopped after step {step}, and "
-        f"that happens at step {final} (total_step - tfinal), so target_r is not reached. Where it stopped early "
+        f"AdaLoRA's ranks were never settled (adapter {memory.adapter!r}): the training stopped after step {step}, but "
+        f"they are settled at step {final} (total_step - tfinal), so target_r is not reached. If it stopped early "
         "on purpose, nothing is wrong; else set total_step to the number of its optimizer steps."
     )
 
@@ -140,13 +156,13 @@ def _why_other_ranks(call: AllocatorCall) -> str:
     if kinds:
         kind = str(min(kinds, key=str)).removeprefix("torch.")
         return (
-            f"Scores of adapters in {kind} underflow to zero or become equal, and ranks with equal scores go together. "
-            "Keep the adapter in float32: get_peft_model(..., autocast_adapter_dtype=True), and no model.half() or "
-            ".to(dtype) after it; with older PEFT, make the lora_ parameters float() before training."
+            f"Scores of adapters in {kind} underflow to zero or become equal, and ranks with equal scores are pruned "
+            "together. Keep the adapter in float32: get_peft_model(..., autocast_adapter_dtype=True), and no "
+            "model.half() or .to(dtype) after it; with older PEFT, make the lora_ parameters float() before training."
         )
     if not any(bool(score.any()) for score in scores):
         return (
-            "All scores of lora_E are zero, as of an adapter that does not train, and ranks with equal scores go "
+            "All scores of lora_E are zero, as if the adapter did not train, and ranks with equal scores are pruned "
             "together. Does an optimizer hold its parameters, and is its learning rate above zero?"
         )
     return (

@@ -49,5 +49,5 @@ def _cause(call: AllocatorCall) -> str:
         )
     return (
         "Likely causes: torch.no_grad() or disable_adapter() around the model, a detached output, reentrant "
-        "checkpointing. If what is adapted rests on purpose, nothing is wrong."
+        "checkpointing. If these layers are unused on purpose, nothing is wrong."
     )

@@ -25,7 +25,7 @@ def warn_of_replaced_methods(call: AllocatorCall) -> None:
         call.memory.said.warn_once(
             "replaced",
             "%s was assigned after peft_gradguard was applied and runs without the guard (adapter %r); the rest of the "
-            "guard holds. Where it is meant to work around missing gradients, it can go.",
+            "guard works on. If it is there to work around missing gradients, remove it.",
             ", ".join(f"RankAllocator.{name}" for name in replaced),
             call.allocator.adapter_name,
         )

@@ -47,8 +47,8 @@ def wrong_schedule(config: AdaLoraConfig) -> Iterator[tuple[str, str]]:
     elif config.deltaT > 0 and (final - 1) // config.deltaT * config.deltaT <= config.tinit:
         yield (
             "deltaT",
-            f"AdaLoRA prunes all ranks at once, at step {final} (total_step - tfinal): deltaT={config.deltaT} leaves "
-            f"no masking step between tinit={config.tinit} and it. Lower deltaT, so that they go one after the other.",
+            f"AdaLoRA does all its pruning at once, at step {final} (total_step - tfinal): deltaT={config.deltaT} "
+            f"leaves no masking step between tinit={config.tinit} and it. Lower deltaT to prune in more steps.",
         )
 
 

@@ -72,8 +72,8 @@ def strange_pattern(seen: Seen, config: Any, adapter: str, parameters: Sequence[
     pattern = config.rank_pattern or {}
     if any(isinstance(ranks, int) for ranks in pattern.values()):
         yield (
-            f"AdaLoRA's adapter {adapter!r} has a rank_pattern of numbers, as LoRA takes it. AdaLoRA takes no such "
-            "thing: every module starts with init_r ranks, and save_pretrained fails before the first masking step. "
+            f"AdaLoRA's adapter {adapter!r} has a rank_pattern of numbers, as LoRA takes it. AdaLoRA does not take "
+            "one: every module starts with init_r ranks, and save_pretrained fails before the first masking step. "
             "Leave rank_pattern out of the AdaLoraConfig; init_r, target_r and target_modules decide on the ranks."
         )
     elif not seen.own_pattern(pattern, adapter, parameters) and pattern:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def test_missed_finalising_step_is_named(records: list[logging.LogRecord]) -> No
     messages = [record.getMessage() for record in records if record.levelname == "WARNING"]
     assert len(messages) == 1
     assert f"never called with step {FINALISING} (" in messages[0]
-    kept = "pattern of the last masking step stays" if outcome.patterns[FINALISING] else "no rank is pruned at all"
+    kept = "ranks of the last masking step stay" if outcome.patterns[FINALISING] else "no rank is pruned at all"
     assert kept in messages[0]
 
 
@@ -57,7 +58,7 @@ def test_steps_that_jump_over_the_finalising_one(said: Callable[[], list[str]], 
     text = only(said, model)
     assert f"never called with step {FINAL} (total_step - tfinal)" in text
     assert "The last call before it was step 15." in text
-    assert ("The pattern of the last masking step stays" in text) == stays
+    assert ("The ranks of the last masking step stay" in text) == stays
     assert ("So no rank is pruned at all" in text) != stays
 
 
@@ -101,7 +102,7 @@ def test_adapter_that_no_optimizer_holds(said: Callable[[], list[str]]) -> None:
         loss=lambda model, step: model(torch.randn(8, 6)).logits.square().mean(),
     )
     texts = said()
-    assert any("All scores of lora_E are zero, as of an adapter that does not train" in text for text in texts)
+    assert any("All scores of lora_E are zero, as if the adapter did not train" in text for text in texts)
     assert any("keeps 0 ranks where its budget allows" in text for text in texts)
 
 
@@ -133,7 +134,7 @@ def test_training_that_ends_before_its_ranks_are_settled(said: Callable[[], list
     make()
     early = [text for text in said() if "never settled" in text]
     assert len(early) == times
-    assert all(f"stopped after step {steps}, and that happens at step {FINAL}" in text for text in early)
+    assert all(f"stopped after step {steps}, but they are settled at step {FINAL}" in text for text in early)
 
 
 def test_training_of_which_the_guard_has_not_seen_all_is_not_judged(said: Callable[[], list[str]]) -> None:
@@ -145,6 +146,54 @@ def test_training_of_which_the_guard_has_not_seen_all_is_not_judged(said: Callab
     gc.collect()
     make()
     assert said() == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("last", [FINAL - 1, TOTAL])
+def test_training_that_goes_on_in_a_copy_is_judged_by_the_copy(
+    said: Callable[[], list[str]], kept: bool, last: int
+) -> None:
+    original = make()
+    train(original, range(1, 8))
+    copied = copy.deepcopy(original)
+    if not kept:
+        del original
+        gc.collect()
+    train(copied, range(8, last + 1))
+    del copied
+    if kept:
+        del original
+    gc.collect()
+    make()
+    early = [text for text in said() if "never settled" in text]
+    assert len(early) == (last < FINAL)
+    assert all(f"stopped after step {last}," in text for text in early)
+
+
+def test_training_that_goes_on_beside_its_copy_is_judged_too(said: Callable[[], list[str]]) -> None:
+    original = make()
+    optimizer = optimizer_of(original)
+    train(original, range(1, 8), optimizer=optimizer)
+    copied = copy.deepcopy(original)
+    train(copied, range(8, TOTAL + 1))
+    train(original, range(8, 10), optimizer=optimizer)
+    del original, copied, optimizer
+    gc.collect()
+    make()
+    early = [text for text in said() if "never settled" in text]
+    assert ["stopped after step 9," in text for text in early] == [True]
+
+
+def test_copy_that_does_not_train_ends_nothing(said: Callable[[], list[str]]) -> None:
+    original = make()
+    train(original, range(1, 8))
+    copied = copy.deepcopy(original)
+    copied.eval()
+    del original
+    gc.collect()
+    make()
+    assert len([text for text in said() if "never settled" in text]) == 1
+    assert copied is not None
 
 
 def test_steps_that_begin_anew_are_judged_anew(said: Callable[[], list[str]]) -> None:
