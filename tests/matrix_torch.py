@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".matrix"
 
-OLD = ("transformers==4.35.2", "peft==0.6.2", "accelerate==0.25.0", "numpy<2", "trl==0.7.4")
+OLD = ("transformers==4.35.2", "peft==0.6.2", "accelerate==0.25.0", "numpy<2")
 MIDDLE = ("transformers==4.44.2", "peft==0.13.2", "accelerate==0.34.2")
 NEWEST = ("transformers", "peft", "accelerate")
 TOOLS = ("pytest", "hypothesis", "pytest-benchmark", "safetensors", "wrapt", "requests", "matplotlib", "tensorboard")
