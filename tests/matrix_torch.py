@@ -1,7 +1,7 @@
 """Run the tests that face PEFT on other releases of torch: ``make matrix-torch``, by hand, as it downloads gigabytes.
 
-Each row gets a virtual environment of its own under ``.matrix``. ``python tests/matrix_torch.py 2.4.1`` runs one row.
-Rows for which this Python has no torch are named and left out.
+Each row gets a virtual environment of its own under ``.matrix``. ``python tests/matrix_torch.py 2.4.1`` runs one row,
+and another Python runs the rows with that Python. Rows for which it has no torch are named and left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".matrix"
 
-OLD = ("transformers==4.35.2", "peft==0.6.2", "accelerate==0.25.0", "numpy<2", "trl==0.7.4")
+OLD = ("transformers==4.35.2", "peft==0.6.2", "accelerate==0.25.0", "numpy<2")
 MIDDLE = ("transformers==4.44.2", "peft==0.13.2", "accelerate==0.34.2")
 NEWEST = ("transformers", "peft", "accelerate")
 TOOLS = ("pytest", "hypothesis", "pytest-benchmark", "safetensors", "wrapt", "requests", "matplotlib", "tensorboard")
@@ -28,7 +28,7 @@ class Row:
 
     @property
     def folder(self) -> Path:
-        return FOLDER / f"torch-{self.torch}"
+        return FOLDER / f"torch-{self.torch}-python-{sys.version_info.major}.{sys.version_info.minor}"
 
     @property
     def python(self) -> Path:
@@ -61,8 +61,9 @@ def test(row: Row) -> tuple[bool, str]:
     asked = subprocess.run([str(row.python), "-c", versions], capture_output=True, text=True)
     counts = ", ".join(re.findall(r"\d+ (?:passed|failed|skipped|errors?)", found.stdout))
     if found.returncode:
-        print(f"---- torch {row.torch}\n{found.stdout[-6000:]}\n{found.stderr[-2000:]}", flush=True)
-    return found.returncode == 0, f"{row.torch:8} {asked.stdout.strip():30} {counts}"
+        print(f"---- torch {row.torch}: pytest ended with {found.returncode}")
+        print(f"{found.stdout[-6000:]}\n{found.stderr[-2000:]}", flush=True)
+    return found.returncode == 0, f"{row.torch:8} {asked.stdout.strip():30} {counts or 'no test ended'}"
 
 
 def main(names: list[str]) -> int:

@@ -15,10 +15,10 @@ import peft
 import pytest
 import torch
 import transformers
+from adalora_callback import AdaLoraCallback
 from torch import nn
 
 import peft_gradguard
-from peft_gradguard.integrations.transformers import AdaLoraCallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable

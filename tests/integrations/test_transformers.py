@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+from adalora_callback import AdaLoraCallback
 from scenarios import (
     FINALISING,
     INIT_R,
@@ -32,7 +33,6 @@ from scenarios import (
 from trainers import Examples, training_arguments
 
 import peft_gradguard
-from peft_gradguard.integrations.transformers import AdaLoraCallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+import needs
 import pytest
 import torch
 import transformers
@@ -85,7 +86,7 @@ def by_accelerate(call_at: str, accumulation: int) -> Outcome:
             optimizer.step()
             if accelerator.sync_gradients and call_at == "before zero_grad":
                 call(step)
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=True)
             if accelerator.sync_gradients and call_at == "after zero_grad":
                 call(step)
             step += accelerator.sync_gradients
@@ -115,7 +116,10 @@ def by_trainer(call_at: str, accumulation: int) -> Outcome:
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("loop", [by_hand, by_hand_writing_zeros, by_accelerate, by_trainer])
+@pytest.mark.parametrize(
+    "loop",
+    [by_hand, by_hand_writing_zeros, by_accelerate, pytest.param(by_trainer, marks=needs.optimizer_step_event)],
+)
 def test_late_calls_give_what_calls_in_time_give(
     loop: Callable[..., Outcome],
     accumulation: int,
@@ -198,6 +202,7 @@ def test_adapter_that_rests_for_some_steps_is_warned_of_once(
     assert "step 3" in messages(caplog)[0]
 
 
+@needs.grad_scaler
 def test_steps_that_a_grad_scaler_leaves_out_do_not_stop_a_late_loop(
     model: peft.PeftModel, optimizer: torch.optim.Optimizer
 ) -> None:

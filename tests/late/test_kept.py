@@ -10,6 +10,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import needs
 import peft
 import pytest
 import torch
@@ -326,10 +327,9 @@ def test_parameter_that_has_changed_its_type_since_is_lent_nothing(dtype: torch.
     assert any(not torch.equal(value, of_step_3[name]) for name, value in scores(model).items())
 
 
+@needs.hook_after_accumulation
 def test_one_optimizer_for_each_parameter_that_steps_in_backward() -> None:
     """The steps come in the middle of backward, and clear the gradients at once."""
-    if not hasattr(torch.Tensor, "register_post_accumulate_grad_hook"):
-        pytest.skip("torch before 2.1 has no hook after a gradient is accumulated")
     late, in_time = make(), make()
     for model in (late, in_time):
         optimizers = {parameter: torch.optim.SGD([parameter], lr=1e-2) for parameter in trained(model)}

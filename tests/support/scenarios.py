@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 PEFT_VERSION = tuple(int(part) for part in peft.__version__.split(".")[:2])
+TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 TOTAL, TINIT, TFINAL, DELTA = 20, 3, 4, 2
 FINALISING = TOTAL - TFINAL
 FIRST_MASKING = TINIT + 1 + (TINIT + 1) % DELTA
@@ -251,7 +252,9 @@ SCENARIOS: dict[str, Scenario] = {
         base=opt, config={"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}, batch=sequences
     ),
     "unrouted expert": Scenario(
-        base=switch_transformers, config={"target_modules": ["wi", "wo"]}, batch=sequences
+        base=switch_transformers, config={"target_modules": ["wi", "wo"]}, batch=sequences,
+        # Before 4.44 every expert is called, if with no token: its gradients are zeros.
+        plain_error=TypeError if TRANSFORMERS_VERSION >= (4, 44) else None,
     ),
     "inference adapter of a longer name": branches(prepare=add_inference_adapter("default_eval")),
     "another adapter for a few steps": branches(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
+import needs
 import pytest
 import torch
 from situations import TOTAL, call, loss_of, make, optimizer_of, train
@@ -51,6 +53,7 @@ def test_other_orders_are_not(said: Callable[[], list[str]], order: str, zero_gr
 def test_it_listens_for_two_steps_only(said: Callable[[], list[str]]) -> None:
     model = make()
     optimizer = optimizer_of(model)
+    gc.collect()
     before = len(listening())
     heard = []
     for step in range(1, TOTAL + 1):
@@ -59,6 +62,7 @@ def test_it_listens_for_two_steps_only(said: Callable[[], list[str]]) -> None:
     assert heard == [0, 0, 1, *[0] * (TOTAL - 3)]
 
 
+@needs.grad_scaler
 @pytest.mark.parametrize("clip", [False, True])
 def test_scaler_that_unscales_after_the_call(said: Callable[[], list[str]], clip: bool) -> None:
     model = make()
@@ -75,6 +79,7 @@ def test_scaler_that_unscales_after_the_call(said: Callable[[], list[str]], clip
     assert len(named(said)) == 1
 
 
+@needs.grad_scaler
 @pytest.mark.parametrize("skipped", [[], [3, 4, 5], range(1, 7)])
 def test_scaler_in_time(said: Callable[[], list[str]], skipped: list[int]) -> None:
     model = make()

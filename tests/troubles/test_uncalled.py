@@ -16,6 +16,7 @@ import warnings
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
+import needs
 import peft
 import pytest
 import torch
@@ -137,6 +138,7 @@ def test_calls_made_while_the_guard_is_off_are_not_missed(
 
 
 @pytest.mark.peft
+@needs.hook_after_accumulation
 def test_never_called_is_said_at_exit_of_what_was_trained() -> None:
     program = f"""
 import sys; sys.path[:0] = {[str(SUPPORT)]!r}
@@ -179,6 +181,7 @@ def never_called(records: list[logging.LogRecord]) -> list[str]:
 
 
 @pytest.mark.peft
+@needs.hook_after_accumulation
 def test_training_without_calls_is_said_once_at_the_next_occasion(records: list[logging.LogRecord]) -> None:
     model = make()
     train(model)
@@ -194,6 +197,7 @@ def test_training_without_calls_is_said_once_at_the_next_occasion(records: list[
 
 
 @pytest.mark.peft
+@needs.hook_after_accumulation
 def test_nothing_is_said_from_inside_a_garbage_collection(records: list[logging.LogRecord]) -> None:
     """A handler that sets one off while it holds a lock of its own would wait for itself for ever."""
 

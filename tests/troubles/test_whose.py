@@ -6,6 +6,7 @@ import copy
 import gc
 from typing import TYPE_CHECKING, Any
 
+import needs
 import peft
 import pytest
 import torch
@@ -91,6 +92,7 @@ def test_config_made_of_a_used_one(said: Callable[[], list[str]], how: str) -> N
     assert ["rank_pattern of another training" in text for text in said()] == [True]
 
 
+@needs.hook_after_accumulation
 def test_one_config_for_two_trainings_without_calls(said: Callable[[], list[str]]) -> None:
     shared = config()
     train(peft.get_peft_model(TwoLayers(), shared))
@@ -134,6 +136,7 @@ def injected() -> torch.nn.Module:
 
 
 @pytest.mark.skipif(PEFT_VERSION < (0, 6), reason="PEFT 0.5 injects no AdaLoRA")
+@needs.hook_after_accumulation
 def test_injected_adapter_that_trains_has_no_allocator(said: Callable[[], list[str]]) -> None:
     model = injected()
     train(model, range(1, 2), allocate=lambda model, step: None)
@@ -154,6 +157,7 @@ def test_injected_adapter_that_is_only_used(said: Callable[[], list[str]]) -> No
     assert said() == []
 
 
+@needs.hook_after_accumulation
 def test_adapter_whose_allocator_was_taken_away(said: Callable[[], list[str]]) -> None:
     model = make()
     optimizer = optimizer_of(model)

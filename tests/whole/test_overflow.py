@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import needs
 import pytest
 import torch
 from scenarios import FINALISING, TARGET_R, TOTAL, Outcome, branches, build, loss_of, train, vectors
@@ -101,6 +102,7 @@ def test_clipping_by_a_norm_that_has_overflowed_leaves_the_step_out(factor: str)
         assert len(kept) == (12 if step == 2 else 0)
 
 
+@needs.grad_scaler
 def test_clipping_after_an_overflow_outside_adalora_is_no_late_call(caplog: pytest.LogCaptureFixture) -> None:
     model = build(branches())
     head = model.base_model.model.head.weight
@@ -124,6 +126,7 @@ def test_clipping_after_an_overflow_outside_adalora_is_no_late_call(caplog: pyte
     assert [record for record in caplog.records if record.name == "peft_gradguard"] == []
 
 
+@needs.grad_scaler
 def test_run_under_a_grad_scaler_in_half_precision() -> None:
     model = build(branches())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
