@@ -48,6 +48,8 @@ class _Steps(StepListener):
         self.left: _Gradient | None = None
         """The gradient as the last step has left it."""
         self._seen: _Gradient | None = None
+        self._began_with: _Gradient | None = None
+        """The gradient with which the step under way began."""
         self._values: torch.Tensor | None = None
         self._is_inside = True
 
@@ -55,7 +57,7 @@ class _Steps(StepListener):
         """From this call on, follow what happens to this E."""
         self.calls += 1
         self.uses_what_was_seen, self._is_inside = False, True
-        self.left, self._seen = None, _gradient_of(energy)
+        self.left, self._began_with, self._seen = None, None, _gradient_of(energy)
         self._values = energy.detach().clone()
         self.watch([energy])
 
@@ -64,19 +66,24 @@ class _Steps(StepListener):
         return self._is_watched(energy)
 
     def before_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
-        """See whether the step begins with the gradient that the call has seen; a closure makes others."""
-        self._is_inside = False
-        gradient = held[0].grad
-        if not has_closure and self._seen is not None and gradient is not None:
-            self.uses_what_was_seen |= self._seen.tensor() is gradient
+        """See whether the step begins with the gradient that the call has seen; a closure may make others."""
+        self._is_inside, self._began_with = False, _gradient_of(held[0])
+        if not has_closure:
+            self.uses_what_was_seen |= self._was_seen(held[0].grad)
 
     def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """See what the step has left. One that had begun before the call has changed E after it."""
         energy = held[0]
+        if has_closure and self._began_with is not None and self._began_with.is_as_it_was(energy.grad):
+            # The closure has made no other: Lightning gives every step one, be it to do nothing.
+            self.uses_what_was_seen |= self._was_seen(energy.grad)
         if self._is_inside and self._values is not None:
             self.uses_what_was_seen |= not torch.equal(self._values, energy.detach())
         self._is_inside = False
         self.left = _gradient_of(energy)
+
+    def _was_seen(self, gradient: torch.Tensor | None) -> bool:
+        return gradient is not None and self._seen is not None and self._seen.tensor() is gradient
 
 
 def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:

@@ -154,6 +154,28 @@ def test_closures_in_time(said: Callable[[], list[str]], kind: str) -> None:
     assert not named(said)
 
 
+@pytest.mark.parametrize(("before", "times"), [(True, 1), (False, 0)])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("zero_grad", [{}, {"set_to_none": False}])
+def test_closure_that_computes_nothing(
+    said: Callable[[], list[str]], before: bool, times: int, clip: bool, zero_grad: dict[str, bool]
+) -> None:
+    # Lightning gives one to every step of a manual optimization.
+    model = make()
+    optimizer = optimizer_of(model)
+    for step in range(1, TOTAL + 1):
+        loss_of(model, step).backward()
+        if before:
+            call(model, step)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step(lambda: None)
+        if not before:
+            call(model, step)
+        optimizer.zero_grad(**zero_grad)
+    assert len(named(said)) == times
+
+
 def test_call_from_a_hook_after_the_step(said: Callable[[], list[str]]) -> None:
     model = make()
     optimizer, steps = optimizer_of(model), iter(range(1, TOTAL + 1))
