@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..model.parameters import NON_FINITE
 from ..wrapper import is_own
 from .ended import Ending, judge_at_the_end, not_judged
 
@@ -133,6 +134,10 @@ def _nothing_ranked(call: AllocatorCall, pattern: RankPattern | None) -> str | N
         why = "No lora_E ever had a gradient."
     elif scored:
         why = "No module has scores for lora_E and for lora_A or lora_B."
+    elif any(NON_FINITE in count.skipped for count in memory.counts.of_each().values()):
+        why = "No gradient was ever finite: the loss has overflowed or was NaN at every step before it."
+    elif memory.counts.of_each():
+        why = "Nothing was ever scored: no call before it has found a gradient."
     else:
         why = "Nothing was ever scored, as this is the first call: call it at every step, from 1 on."
     left = "the pattern that was there stays" if pattern else "no rank is pruned"

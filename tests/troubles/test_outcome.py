@@ -52,6 +52,32 @@ def test_first_call_at_the_finalising_step(said: Callable[[], list[str]]) -> Non
     assert "Nothing was ever scored, as this is the first call" in only(said, model)
 
 
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [
+        (float("inf"), "No gradient was ever finite: the loss has overflowed or was NaN at every step before it."),
+        (0.0, "Nothing was ever scored: no call before it has found a gradient."),
+    ],
+)
+def test_every_step_before_the_finalising_one_was_lost(said: Callable[[], list[str]], size: float, why: str) -> None:
+    model = make()
+    optimizer = optimizer_of(model)
+    for step in range(1, TOTAL + 1):
+        (model(torch.ones(2, 6)).logits.sum() * size).backward()
+        if size:
+            # As a GradScaler does.
+            optimizer.zero_grad(set_to_none=False)
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.full_like(parameter, size)
+        else:
+            optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    texts = [text for text in said() if "nothing to rank" in text]
+    assert len(texts) == 1
+    assert why in texts[0]
+
+
 @pytest.mark.parametrize(("every", "stays"), [(3, True), (15, True), (17, False)])
 def test_steps_that_jump_over_the_finalising_one(said: Callable[[], list[str]], every: int, stays: bool) -> None:
     model = make(tinit=0, deltaT=1) if every != 17 else make(tinit=0, deltaT=4)
