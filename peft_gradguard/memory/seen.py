@@ -26,6 +26,8 @@ class Seen:
         """Whether that had gone, after it was said."""
         self.final_step: int | None = None
         """``total_step - tfinal``, as of the last call that tells."""
+        self.zero_steps: set[int | None] = set()
+        """The masking steps at which all scores of E were zero, and some gradients were scored."""
         self.settled = False
         """Whether the finalising step, or a call after it, has come since the last scoring."""
         self.came_with: RankPattern | None = None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..rules.call import AllocatorCall
 
 HALF = (torch.float16, torch.bfloat16)
+TWICE = 2
 
 
 def warn_of_ranks(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> None:
@@ -31,6 +32,8 @@ def warn_of_ranks(call: AllocatorCall, budget: int, pattern: RankPattern | None)
         kept, there = sum(map(sum, pattern.values())), sum(map(len, pattern.values()))
         if budget > there:
             # It was counted before PEFT cut the ranks (pruned.py).
+            return
+        if kept == 0 < budget and not first and _may_not_have_begun(call):
             return
         if kept == 0 < budget or (first and kept != budget):
             _found(call, "other ranks" if kept else "no rank left", _other_ranks(call, kept, budget))
@@ -147,15 +150,32 @@ def _nothing_ranked(call: AllocatorCall, pattern: RankPattern | None) -> str | N
     )
 
 
+def _may_not_have_begun(call: AllocatorCall) -> bool:
+    """Say whether all scores are zero for the first time, as where a warm-up begins with a learning rate of zero.
+
+    E is zero there anyway, and the next step brings the ranks back.
+    """
+    if any(bool(score.any()) for score in _scores_of_energies(call)):
+        return False
+    seen = call.memory.seen
+    if call.usable:
+        # Steps of which nothing was scored, as a GradScaler's overflows, tell nothing new.
+        seen.zero_steps.add(call.step)
+    return len(seen.zero_steps) < TWICE
+
+
+def _scores_of_energies(call: AllocatorCall) -> list[torch.Tensor]:
+    return [call.scored[triplet.E.name] for triplet in call.ranked or () if triplet.E.name in call.scored]
+
+
 def _other_ranks(call: AllocatorCall, kept: int, budget: int) -> str:
     settles = "keeps" if call.scoring_is_due else "ends with"
     return f"AdaLoRA {settles} {kept} ranks where its budget allows {budget} {call.at}. {_why_other_ranks(call)}"
 
 
 def _why_other_ranks(call: AllocatorCall) -> str:
-    energies = [triplet.E for triplet in call.ranked or ()]
-    scores = [call.scored[e.name] for e in energies if e.name in call.scored]
-    kinds = {e.parameter.dtype for e in energies}.intersection(HALF)
+    scores = _scores_of_energies(call)
+    kinds = {triplet.E.parameter.dtype for triplet in call.ranked or ()}.intersection(HALF)
     if not all(bool(torch.isfinite(score).all()) for score in scores):
         return "Some scores are not finite, as of gradients with NaN or inf that were scored without the guard."
     if kinds:

@@ -135,6 +135,55 @@ def test_adapter_that_no_optimizer_holds(said: Callable[[], list[str]]) -> None:
     assert any("keeps 0 ranks where its budget allows" in text for text in texts)
 
 
+@pytest.mark.parametrize("lost", [(), (2, 3)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_warm_up_that_begins_with_a_learning_rate_of_zero(
+    said: Callable[[], list[str]], lost: tuple[int, ...], kind: torch.dtype
+) -> None:
+    model = make(tinit=0)
+    if any(p.any() for n, p in model.named_parameters() if ".lora_E." in n):
+        pytest.skip("this PEFT does not begin with an E of zero")
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and "ranknum" not in name:
+            parameter.data = parameter.data.to(kind)
+    optimizer = optimizer_of(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 4))
+    for step in range(1, FINAL):
+        model(torch.randn(8, 6, generator=torch.Generator().manual_seed(step))).logits.square().mean().backward()
+        if step in lost:
+            # As where a GradScaler leaves out a step that has overflowed.
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad.fill_(float("inf"))
+        else:
+            optimizer.step()
+        schedule.step()
+        model.base_model.update_and_allocate(step)
+        if step == 1:
+            pattern = model.peft_config["default"].rank_pattern
+            assert not any(map(any, pattern.values()))
+        optimizer.zero_grad()
+    assert said() == []
+    if kind == torch.float32:
+        assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) > 0
+
+
+@pytest.mark.parametrize(("steps", "times"), [((3,), 0), ((3, 3), 0), ((3, 4), 1), ((3, FINAL), 1)])
+def test_adapter_that_does_not_train_is_named_at_the_second_masking_step(
+    said: Callable[[], list[str]], steps: tuple[int, ...], times: int
+) -> None:
+    model = make()
+    if any(p.any() for n, p in model.named_parameters() if ".lora_E." in n):
+        pytest.skip("this PEFT does not begin with an E of zero")
+    model.base_model.model.head.requires_grad_(True)
+    train(
+        model,
+        (1, 2, *steps),
+        optimizer=torch.optim.AdamW(model.base_model.model.head.parameters(), lr=1e-2),
+        loss=lambda model, step: model(torch.randn(8, 6)).logits.square().mean(),
+    )
+    assert len([text for text in said() if "All scores of lora_E are zero" in text]) == times
+
+
 def test_nothing_to_rank_at_the_finalising_step(said: Callable[[], list[str]]) -> None:
     model = make()
     for name, parameter in model.named_parameters():
