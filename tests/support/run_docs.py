@@ -131,7 +131,7 @@ NEEDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "deepspeed": deepspeed_world,
     "fsdp": one_process_world,
 }
-OPTIONAL = ("deepspeed", "optuna", "trl")
+OPTIONAL = ("deepspeed", "lightning", "optuna", "trl")
 """Packages without which a block is passed over."""
 
 
