@@ -2,7 +2,8 @@
 
 Seen around the first masking steps, by one E: such a step uses the gradient that the call has seen (or the call comes
 from inside of it, as from the closure that a framework gives it), and the next call sees another one. A call in time
-sees the gradient that the last step has left.
+sees the gradient that the last step has left. Where gradients stay the same tensors and are written to, backwards are
+watched for too: after a call in time one comes before the next step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from ..late.optimizers import StepListener, listen, listen_no_more
 from ..late.order import Order
+from ..log import harmless
 from ..model.marks import deepspeed_holds_gradient
 
 if TYPE_CHECKING:
@@ -45,8 +47,14 @@ class _Steps(StepListener):
         self.calls = 0
         self.uses_what_was_seen = False
         """Whether a step since the last call has used the gradient which that call has seen."""
+        self.is_doubtful = False
+        """Whether a step has used that very tensor, written to since: by a clipping, or by another backward."""
         self.left: _Gradient | None = None
         """The gradient as the last step has left it."""
+        self.backward_came = False
+        """Whether a backward has reached E since the last call, where that is seen."""
+        self._hooked: int | None = None
+        """The id of the E whose backwards are seen."""
         self._seen: _Gradient | None = None
         self._began_with: _Gradient | None = None
         """The gradient with which the step under way began."""
@@ -57,9 +65,16 @@ class _Steps(StepListener):
         """From this call on, follow what happens to this E."""
         self.calls += 1
         self.uses_what_was_seen, self._is_inside = False, True
+        self.is_doubtful = self.backward_came = False
         self.left, self._began_with, self._seen = None, None, _gradient_of(energy)
         self._values = energy.detach().clone()
         self.watch([energy])
+
+    def see_backwards(self, energy: torch.nn.Parameter) -> None:
+        """From now on see them. The hook stays: to take it out might disturb torch."""
+        if self._hooked != id(energy):
+            energy.register_hook(_Backward(self))  # type: ignore[no-untyped-call]
+            self._hooked = id(energy)
 
     def follows(self, energy: torch.nn.Parameter) -> bool:
         """Say whether this is the E that is followed."""
@@ -69,21 +84,44 @@ class _Steps(StepListener):
         """See whether the step begins with the gradient that the call has seen; a closure may make others."""
         self._is_inside, self._began_with = False, _gradient_of(held[0])
         if not has_closure:
-            self.uses_what_was_seen |= self._was_seen(held[0].grad)
+            self._look(held[0])
 
     def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """See what the step has left. One that had begun before the call has changed E after it."""
         energy = held[0]
         if has_closure and self._began_with is not None and self._began_with.is_as_it_was(energy.grad):
             # The closure has made no other: Lightning gives every step one, be it to do nothing.
-            self.uses_what_was_seen |= self._was_seen(energy.grad)
+            self._look(energy)
         if self._is_inside and self._values is not None:
             self.uses_what_was_seen |= not torch.equal(self._values, energy.detach())
         self._is_inside = False
         self.left = _gradient_of(energy)
 
-    def _was_seen(self, gradient: torch.Tensor | None) -> bool:
-        return gradient is not None and self._seen is not None and self._seen.tensor() is gradient
+    def _look(self, energy: torch.nn.Parameter) -> None:
+        """See whether the step uses what the call has seen; the same tensor may have other values."""
+        if energy.grad is None or self._seen is None or self._seen.tensor() is not energy.grad:
+            return
+        if self._hooked == id(energy):
+            self.uses_what_was_seen |= not self.backward_came
+        elif self._seen.is_as_it_was(energy.grad):
+            self.uses_what_was_seen = True
+        else:
+            self.is_doubtful = True
+
+
+class _Backward:
+    """A hook on E: a backward has come. Knows ``_Steps`` weakly, and does nothing once it is gone."""
+
+    # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
+    __torch_unserializable__ = True
+
+    def __init__(self, steps: _Steps) -> None:
+        self._steps = weakref.ref(steps)
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        steps = self._steps()
+        if steps is not None:
+            steps.backward_came = True
 
 
 def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
@@ -105,12 +143,16 @@ def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
         seen.listeners[TOPIC] = steps
         listen(steps)
     elif steps.left is not None and steps.follows(energy):
-        before = steps.uses_what_was_seen and not steps.left.is_as_it_was(energy.grad)
-        if before or steps.left.is_as_it_was(energy.grad) or steps.calls >= CALLS:
+        in_time = steps.left.is_as_it_was(energy.grad)
+        before = steps.uses_what_was_seen and not in_time
+        if before or in_time or steps.calls >= CALLS:
             _close(call, steps)
             if before:
                 _say(call)
             return
+        if steps.is_doubtful:
+            with harmless("see the backwards of a parameter"):
+                steps.see_backwards(energy)
     steps.begin(energy)
 
 

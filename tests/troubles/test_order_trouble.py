@@ -176,6 +176,29 @@ def test_closure_that_computes_nothing(
     assert len(named(said)) == times
 
 
+@pytest.mark.parametrize("buffers", [False, True])
+def test_gradients_written_to_after_the_step(said: Callable[[], list[str]], buffers: bool) -> None:
+    # In time: somebody measures the gradients by clipping to infinity, which writes to them. They stay the same
+    # tensors, as zero_grad writes zeros, or as they are copied into buffers.
+    model, before = make(), listening()
+    optimizer = optimizer_of(model)
+    parameters = optimizer.param_groups[0]["params"]
+    kept = [torch.zeros_like(parameter) for parameter in parameters]
+    for step in range(1, TOTAL + 1):
+        if buffers:
+            found = torch.autograd.grad(loss_of(model, step), parameters)
+            for parameter, buffer, gradient in zip(parameters, kept, found, strict=True):
+                parameter.grad = buffer.copy_(gradient)
+        else:
+            loss_of(model, step).backward()
+        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
+        call(model, step)
+        optimizer.zero_grad(set_to_none=False)
+    assert not named(said)
+    assert listening() == before
+
+
 def test_call_from_a_hook_after_the_step(said: Callable[[], list[str]]) -> None:
     model = make()
     optimizer, steps = optimizer_of(model), iter(range(1, TOTAL + 1))
