@@ -44,10 +44,11 @@ build: .venv/ready  ## wheel and source distribution, and what checks them
 proof: .venv/stacks  ## the guard against the oracle of its rules, in 20,000 random trainings
 	$(BIN)/python -m pytest tests/whole/test_oracle.py -k "not release" --hypothesis-profile=long --hypothesis-show-statistics
 
-soak: .venv/stacks  ## 50,000 steps and 200 models; 2,000 trainings in four threads; trainings killed 20 times and resumed
+soak: .venv/stacks  ## 50,000 steps and 200 models; 2,000 trainings in four threads; trainings killed 20 times and resumed; 2,000 healthy ones
 	$(BIN)/python tests/support/soak.py
 	$(BIN)/python -W ignore tests/support/soak_threads.py
 	$(BIN)/python -W ignore tests/support/soak_kills.py
+	$(BIN)/python -W ignore tests/support/soak_alarms.py
 
 # Not --quiet: what it does not print, it does not count as an error either.
 docs: .venv/ready  ## the docs as pages, in site/; a dead link is an error

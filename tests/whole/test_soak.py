@@ -8,6 +8,7 @@ import sys
 import pytest
 import soak_kills
 from soak import Lives, run_lifetimes, run_steps
+from soak_alarms import Plan, alarms
 
 
 def test_memory_stays_flat_and_each_name_is_logged_once() -> None:
@@ -23,6 +24,12 @@ def test_memory_stays_flat_and_each_name_is_logged_once() -> None:
 
 def test_models_go_with_their_last_reference() -> None:
     assert run_lifetimes(10) == Lives(at_once=10)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", range(50))
+def test_nothing_is_said_of_a_healthy_training(number: int) -> None:
+    assert alarms(number) == [], Plan(number)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is neither fork nor SIGKILL")
