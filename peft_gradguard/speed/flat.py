@@ -98,7 +98,9 @@ def advanced(
     parameters: Waiting, kinds: Sequence[Scores], betas: Betas
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield each name with its new ``ipt``, ``exp_avg_ipt`` and ``exp_avg_unc``; nothing that is there changes."""
-    for names in _runs_of(parameters, kinds):
+    # PEFT begins anew, from zeros, where there is no ipt, whatever the averages are.
+    scored = {name: parameter for name, parameter in parameters.items() if name in kinds[0]}
+    for names in _runs_of(scored, kinds[1:]):
         weights = [parameters[name] for name in names]
         with torch.no_grad():
             flats = _laid_out(names, kinds)
@@ -121,6 +123,8 @@ class _Run:
         self._addresses = [storage.cdata for storage in self._storages]
         for kind, those in zip(kinds, _in_three(windows), strict=True):
             kind.update(zip(names, those, strict=True))
+        del flats
+        self._windows_on = self._counted()
 
     def windows(self, kinds: Sequence[Scores], names: list[str]) -> list[torch.Tensor] | None:
         """Return the windows of these, kind by kind; None where one is gone from there, or also somebody else's."""
@@ -134,7 +138,7 @@ class _Run:
         is_there = all(map(is_, windows, theirs))
         del theirs
         is_ours = is_there and _holders(windows, addresses) == _holders_of_ours() and not any(map(_needs_grad, windows))
-        return windows if is_ours else None
+        return windows if is_ours and self._counted() == self._windows_on else None
 
     def held(self, kinds: Sequence[Scores], names: list[str]) -> set[str]:
         """Return those of these of which the allocator has a window that somebody else holds too."""
@@ -146,6 +150,10 @@ class _Run:
             torch.empty(0, dtype=self._dtype, device=self._device).set_(_storage_at(memory.cdata))
             for memory in self._memory
         ]
+
+    def _counted(self) -> list[int]:
+        """Return by how many each flat tensor is held. Less once torch has moved the memory of a window, to share it."""
+        return [_storage_use_count(memory.cdata) for memory in self._memory]
 
     def _is_there(self, kinds: Sequence[Scores], name: str) -> bool:
         place = self.names.index(name)

@@ -245,6 +245,23 @@ def memory_exchanged(model: peft.PeftModel) -> None:
     score.data = score.data + 1
 
 
+def memory_shared(model: peft.PeftModel) -> None:
+    for kind in KINDS:
+        getattr(allocator_of(model), kind)["layers.1.lora_A.default"].share_memory_()
+
+
+def all_memory_shared(model: peft.PeftModel) -> None:
+    for score in tensors_of(allocator_of(model)):
+        score.share_memory_()
+
+
+def transposed_in_place(model: peft.PeftModel) -> None:
+    for kind in KINDS:
+        score = getattr(allocator_of(model), kind)["layers.1.lora_A.default"]
+        score.copy_(score.clone().t_().reshape(score.shape)).t_().t_()
+        score.set_(score.clone().t().contiguous().t())
+
+
 def expanded(model: peft.PeftModel) -> None:
     scores = allocator_of(model).exp_avg_ipt
     scores["layers.1.lora_A.default"] = scores["layers.1.lora_A.default"][:1].expand(6, -1)
@@ -278,7 +295,8 @@ HAPPENINGS = {
     for function in (
         replaced, memory_replaced, cast, cast_both, transposed, deep_copied, allocator_deep_copied, saved_and_loaded,
         pickled, state_saved, reset, last_scores_forgotten, one_forgotten, scaled, changed_in_place, one_cloned,
-        exchanged, one_for_two, one_for_two_kinds, memory_exchanged, expanded, needing_gradients,
+        exchanged, one_for_two, one_for_two_kinds, memory_exchanged, memory_shared, all_memory_shared,
+        transposed_in_place, expanded, needing_gradients,
         dictionaries_exchanged, other_betas, beta_as_a_tensor, in_inference_mode,
     )
 }  # fmt: skip
