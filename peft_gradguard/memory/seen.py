@@ -8,7 +8,7 @@ from ..model.parameters import NO_GRADIENT
 from ..model.pattern import is_uncut
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from ..late.optimizers import StepListener
     from ..model.gradients import StepGradients
@@ -72,7 +72,7 @@ class Seen:
         return {} if is_another and is_uncut(parameters, pattern, adapter) else pattern
 
 
-def has_gradient(name: str, reasons: Mapping[str, str | None], zeros: Sequence[str]) -> bool:
+def has_gradient(name: str, reasons: Mapping[str, str | None], zeros: Container[str]) -> bool:
     """Say whether a parameter has a gradient that is not zero, be it one that is not finite."""
     return reasons[name] in (None, "non-finite gradient") and name not in zeros
 

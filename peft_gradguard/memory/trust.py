@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,3 +22,5 @@ class Trust:
         """Why this allocator's scores are left to PEFT for good; None where they are not."""
         self.switch_was_read = False
         self.said = False
+        self.plans: dict[tuple[object, ...], Any] = {}
+        """By device and data type, where the scores lie that are computed together (``speed/flat.py``). No tensors."""

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from .parameters import AdaLoraParameter, SkipReason
 
 
+SMALL = 1 << 12
+"""A tensor of at most so many numbers takes torch longer to look for than to read."""
+CHUNK = 1 << 16
+"""The numbers that are copied to be looked at together."""
+
+
 class StepGradients(NamedTuple):
     """What this step's gradients are good for."""
 
@@ -26,7 +32,7 @@ class StepGradients(NamedTuple):
     """Whether gradients are there and all of them exactly zero, as ``zero_grad(set_to_none=False)`` leaves them."""
     came: bool
     """Whether any gradient has come at this step, be it one that is not finite or excluded; zeros are none."""
-    zeros: tuple[str, ...] = ()
+    zeros: frozenset[str] = frozenset()
     """The names of those whose gradient is exactly zero."""
     lent: bool = False
     """Whether they are those of an earlier optimizer step, lent to a call that has found none."""
@@ -50,21 +56,28 @@ def step_gradients(parameters: Sequence[AdaLoraParameter]) -> StepGradients:
     overflowed steps by itself. So are those without values (on the meta device, of fake tensors), and those of a kind
     that torch has no norm for: PEFT's own code is to deal with them.
     """
-    reasons = {p.name: EXCLUDED if p.excluded else skip_reason(p.parameter) for p in parameters}
-    there = [(parameter, parameter.parameter.grad) for parameter in parameters if reasons[parameter.name] is None]
-    seen = [(parameter, gradient) for parameter, gradient in there if gradient is not None and not gradient.is_meta]
-    found = magnitudes([gradient for _, gradient in seen])
+    reasons: dict[str, SkipReason | None] = {}
+    seen: list[str] = []
+    gradients: list[torch.Tensor] = []
+    there = 0
+    for parameter in parameters:
+        name, gradient = parameter.name, parameter.parameter.grad
+        reasons[name] = reason = EXCLUDED if parameter.excluded else skip_reason(parameter.parameter)
+        if reason is None:
+            there += 1
+            if gradient is not None and not gradient.is_meta:
+                seen.append(name)
+                gradients.append(gradient)
+    found = magnitudes(gradients)
     if found is None:
         seen, found = [], []
-    for (parameter, _), magnitude in zip(seen, found, strict=True):
-        if not math.isfinite(magnitude):
-            reasons[parameter.name] = NON_FINITE
-    zeros = [parameter.name for (parameter, _), magnitude in zip(seen, found, strict=True) if magnitude == 0]
-    if len(seen) == len(there) and not any(map(math.isfinite, filter(None, found))):
+    reasons.update((name, NON_FINITE) for name, size in zip(seen, found, strict=True) if not math.isfinite(size))
+    zeros = [name for name, size in zip(seen, found, strict=True) if size == 0]
+    if len(seen) == there and not any(map(math.isfinite, filter(None, found))):
         reasons.update(dict.fromkeys(zeros, NO_GRADIENT))
     found_reasons = set(reasons.values())
     came = None in found_reasons or NON_FINITE in found_reasons or _excluded_have_gradients(parameters)
-    return StepGradients(reasons, bool(seen) and len(zeros) == len(there), came, tuple(zeros))
+    return StepGradients(reasons, bool(seen) and len(zeros) == there, came, frozenset(zeros))
 
 
 def _excluded_have_gradients(parameters: Sequence[AdaLoraParameter]) -> bool:
@@ -98,8 +111,33 @@ def _norms(tensors: Sequence[torch.Tensor], order: float) -> list[float]:
             groups.setdefault((tensor.device, tensor.dtype), []).append(index)
     for indices in groups.values():
         with torch.no_grad():
-            norms = torch._foreach_norm([tensors[index] for index in indices], order)
-            values = torch.stack(norms).tolist()
-        for index, value in zip(indices, values, strict=True):
+            order_of, norms = _norms_of_a_kind(indices, tensors, order)
+            values = torch.cat(norms).tolist()
+        for index, value in zip(order_of, values, strict=True):
             found[index] = value
     return found
+
+
+def _norms_of_a_kind(
+    indices: Sequence[int], tensors: Sequence[torch.Tensor], order: float
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Return the norms of those of one device and data type, in some order. Small ones of one size are rows of one."""
+    rows: dict[int, list[int]] = {}
+    others = []
+    for index in indices:
+        tensor = tensors[index]
+        numbers = tensor.numel()
+        if numbers <= SMALL and type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+            rows.setdefault(numbers, []).append(index)
+        else:
+            others.append(index)
+    order_of, norms = list(others), []
+    if others:
+        norms.append(torch.stack(torch._foreach_norm([tensors[index] for index in others], order)))
+    for numbers, those in rows.items():
+        for start in range(0, len(those), CHUNK // numbers):
+            chunk = those[start : start + CHUNK // numbers]
+            flat: torch.Tensor = torch._utils._flatten_dense_tensors([tensors[index] for index in chunk])  # type: ignore[no-untyped-call]
+            norms.append(torch.linalg.vector_norm(flat.view(len(chunk), numbers), order, dim=1))
+            order_of += chunk
+    return order_of, norms

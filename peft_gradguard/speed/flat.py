@@ -1,0 +1,282 @@
+"""The arithmetic of PEFT's ``update_ipt`` for hundreds of parameters at once, in place, at the speed of memory.
+
+PEFT starts a dozen small tensor operations for each parameter, and puts three new tensors. Here the scores of many
+parameters lie one behind the other, and ten operations serve them all. What the allocator has are windows on this
+memory, each with a storage of its own, so that they are copied, pickled and saved as PEFT's tensors are.
+
+Who keeps one of PEFT's scores sees it unchanged by the next step. So it is here: what anybody else holds, be it by a
+reference, a view or an array of numpy, is not written to; the allocator gets new windows instead.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import Counter
+from functools import cache
+from itertools import chain, compress, repeat
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    Scores = dict[str, torch.Tensor]
+    Betas = tuple[float, float]
+    Waiting = dict[str, torch.nn.Parameter]
+
+CHUNK = 1 << 17
+"""The numbers of a run, unless one parameter has more: half a megabyte of float32, so that what is at work stays in the
+cache."""
+OFTEN = 2
+"""Who was found to hold the scores of a parameter so often will go on: PEFT makes them from then on."""
+
+# What torch does not promise to have.
+_flatten: Any = getattr(torch._C._nn, "flatten_dense_tensors", None)
+_use_count: Any = getattr(torch.Tensor, "_use_count", None)
+_storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+_storage_at: Any = getattr(torch.UntypedStorage, "_new_with_weak_ptr", None)
+_foreach_copy: Any = getattr(torch, "_foreach_copy_", None)
+
+_needs_grad = attrgetter("requires_grad")
+
+
+def is_possible() -> bool:
+    """Say whether this torch has all that it takes."""
+    return None not in (_flatten, _use_count, _storage_use_count, _storage_at, _foreach_copy)
+
+
+class Plan:
+    """Where the scores of one device and data type lie. It is checked at each step, and never trusted."""
+
+    def __init__(self) -> None:
+        self._runs: list[_Run] = []
+        self._held: Counter[str] = Counter()
+        """How often somebody else was found to hold scores of a parameter."""
+
+    def advance(self, kinds: Sequence[Scores], waiting: Waiting, betas: Betas) -> None:
+        """Make the scores of one step, in place. ``kinds``: ``ipt``, ``exp_avg_ipt`` and ``exp_avg_unc``.
+
+        All parameters are contiguous, and their gradients as they are. A parameter leaves ``waiting`` when its scores
+        are made. Those stay that have none yet, or others than PEFT makes, or some that somebody else holds: PEFT makes
+        new ones. What may fail, the allocations, comes before any average of a run has changed.
+        """
+        runs, self._runs = self._runs, []
+        held: set[str] = set()
+        with torch.no_grad():
+            for run in runs:
+                names = [name for name in run.names if name in waiting]
+                windows = run.windows(kinds, names) if names else []
+                if windows is None:
+                    # What waits of it, and is not held, is laid out anew, from what the allocator has.
+                    held |= run.held(kinds, names)
+                    continue
+                self._runs.append(run)
+                parameters = [waiting[name] for name in names]
+                if len(names) == len(run.names):
+                    _advance(run.flats(), parameters, betas)
+                elif names:
+                    _advance_some(windows, parameters, betas)
+                for name in names:
+                    del waiting[name]
+            self._held.update(held)
+            new = {n: p for n, p in waiting.items() if n not in held and self._held[n] < OFTEN}
+            for names in _runs_of(new, kinds):
+                parameters = [waiting[name] for name in names]
+                run = _Run(kinds, names, parameters)
+                _advance(run.flats(), parameters, betas)
+                self._runs.append(run)
+                for name in names:
+                    del waiting[name]
+
+
+def advanced(
+    parameters: Waiting, kinds: Sequence[Scores], betas: Betas
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield each name with its new ``ipt``, ``exp_avg_ipt`` and ``exp_avg_unc``; nothing that is there changes."""
+    # PEFT begins anew, from zeros, where there is no ipt, whatever the averages are.
+    scored = {name: parameter for name, parameter in parameters.items() if name in kinds[0]}
+    for names in _runs_of(scored, kinds[1:]):
+        weights = [parameters[name] for name in names]
+        with torch.no_grad():
+            flats = _laid_out(names, kinds)
+            _advance(flats, weights, betas)
+            new = [_windows(flat, weights) for flat in flats]
+        yield from zip(names, *new, strict=True)
+
+
+class _Run:
+    """Parameters whose scores lie one behind the other. Holds no tensor: PEFT forgets its scores when it likes."""
+
+    def __init__(self, kinds: Sequence[Scores], names: list[str], parameters: Sequence[torch.Tensor]) -> None:
+        self.names = names
+        flats = _laid_out(names, kinds)
+        self._dtype, self._device = flats[0].dtype, flats[0].device
+        self._memory = [_weakly(flat) for flat in flats]
+        windows = [window for flat in flats for window in _windows(flat, parameters)]
+        self._references = [weakref.ref(window) for window in windows]
+        self._storages = [_weakly(window) for window in windows]
+        self._addresses = [storage.cdata for storage in self._storages]
+        for kind, those in zip(kinds, _in_three(windows), strict=True):
+            kind.update(zip(names, those, strict=True))
+        del flats
+        self._windows_on = self._counted()
+
+    def windows(self, kinds: Sequence[Scores], names: list[str]) -> list[torch.Tensor] | None:
+        """Return the windows of these, kind by kind; None where one is gone from there, or also somebody else's."""
+        references, addresses = self._references, self._addresses
+        if len(names) < len(self.names):
+            wanted = set(names)
+            chosen = [name in wanted for name in self.names] * 3
+            references, addresses = [*compress(references, chosen)], [*compress(addresses, chosen)]
+        windows: list[Any] = [reference() for reference in references]
+        theirs = chain.from_iterable(map(kind.get, names, repeat(0)) for kind in kinds)
+        is_there = all(map(is_, windows, theirs))
+        del theirs
+        is_ours = is_there and _holders(windows, addresses) == _holders_of_ours() and not any(map(_needs_grad, windows))
+        return windows if is_ours and self._counted() == self._windows_on else None
+
+    def held(self, kinds: Sequence[Scores], names: list[str]) -> set[str]:
+        """Return those of these of which the allocator has a window that somebody else holds too."""
+        return {name for name in names if self._is_there(kinds, name) and self.windows(kinds, [name]) is None}
+
+    def flats(self) -> list[torch.Tensor]:
+        """Return the flat scores, one for each kind. The memory lives as long as any window does."""
+        return [
+            torch.empty(0, dtype=self._dtype, device=self._device).set_(_storage_at(memory.cdata))
+            for memory in self._memory
+        ]
+
+    def _counted(self) -> list[int]:
+        """Return by how many each flat tensor is held. Less once torch has moved the memory of a window, to share it."""
+        return [_storage_use_count(memory.cdata) for memory in self._memory]
+
+    def _is_there(self, kinds: Sequence[Scores], name: str) -> bool:
+        place = self.names.index(name)
+        references = self._references[place :: len(self.names)]
+        return all(kind.get(name, 0) is reference() for kind, reference in zip(kinds, references, strict=True))
+
+
+def _advance(flats: Sequence[torch.Tensor], parameters: Sequence[torch.nn.Parameter], betas: Betas) -> None:
+    """Advance flat scores by one step (AdaLoRA paper, equations 8 to 10).
+
+    In PEFT's order and by PEFT's numbers. Each product and each sum is made by itself: a fused multiply-add
+    (``alpha=``, ``addcmul``, ``lerp``) rounds otherwise.
+    """
+    beta1, beta2 = betas
+    ipt, average, uncertainty = flats
+    gradients = _flatten([parameter.grad for parameter in parameters])
+    torch.mul(_flatten(parameters), gradients, out=ipt).abs_()
+    # What torch flattens is the tensor itself where there is only one.
+    between = gradients if len(parameters) > 1 else torch.empty_like(ipt)
+    torch.mul(ipt, 1 - beta1, out=between)
+    average.mul_(beta1).add_(between)
+    torch.sub(ipt, average, out=between).abs_().mul_(1 - beta2)
+    uncertainty.mul_(beta2).add_(between)
+
+
+def _advance_some(windows: list[torch.Tensor], parameters: list[torch.nn.Parameter], betas: Betas) -> None:
+    """Do the same for some windows of a run, where the other parameters rest at this step."""
+    ipt, averages, uncertainties = _in_three(windows)
+    beta1, rest1, beta2, rest2 = _factors(betas, parameters[0])
+    weights: list[Any] = list(parameters)
+    between = torch._foreach_mul(weights, [weight.grad for weight in weights])
+    torch._foreach_abs_(between)
+    _foreach_copy(ipt, between)
+    torch._foreach_mul_(between, rest1)
+    torch._foreach_mul_(averages, beta1)
+    torch._foreach_add_(averages, between)
+    _foreach_copy(between, ipt)
+    torch._foreach_sub_(between, averages)
+    torch._foreach_abs_(between)
+    torch._foreach_mul_(between, rest2)
+    torch._foreach_mul_(uncertainties, beta2)
+    torch._foreach_add_(uncertainties, between)
+
+
+def _factors(betas: Betas, like: torch.Tensor) -> list[Any]:
+    """Return the four factors; on the CPU as tensors: torch multiplies a list by one of its type in half the time.
+
+    Half precision is multiplied in single precision, by the factor as it is there. A GPU does so with numbers too, and
+    would have to wait for tensors.
+    """
+    beta1, beta2 = betas
+    factors = [beta1, 1 - beta1, beta2, 1 - beta2]
+    if like.device.type != "cpu":
+        return factors
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return [torch.tensor(factor, dtype=wide, device="cpu") for factor in factors]  # whatever the default device
+
+
+def _runs_of(parameters: Waiting, kinds: Sequence[Scores]) -> list[list[str]]:
+    """Cut the names into runs of at most ``CHUNK`` numbers, or of one parameter; those that do not fit are left out."""
+    runs: list[list[str]] = []
+    room = 0
+    for name, parameter in parameters.items():
+        numbers = parameter.numel()
+        if numbers and all(_fits(kind.get(name), parameter) for kind in kinds):
+            if not runs or numbers > room:
+                runs.append([])
+                room = CHUNK
+            runs[-1].append(name)
+            room -= numbers
+    return runs
+
+
+def _fits(score: torch.Tensor | None, parameter: torch.nn.Parameter) -> bool:
+    """Say whether this is a score as PEFT makes them: users may have put others."""
+    return (
+        type(score) is torch.Tensor
+        and score.dtype is parameter.dtype
+        and score.device == parameter.device
+        and score.is_contiguous()
+        and score.is_same_size(parameter)
+    )
+
+
+def _laid_out(names: list[str], kinds: Sequence[Scores]) -> list[torch.Tensor]:
+    """Return the scores of these in new memory, flat, kind by kind. ``ipt``, which is made anew, has any values."""
+    flats = [_flatten([kind[name] for name in names]) for kind in kinds[1:]]
+    average, uncertainty = flats if len(names) > 1 else [flat.clone() for flat in flats]
+    return [torch.empty_like(average), average, uncertainty]
+
+
+def _windows(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Cut a flat tensor into those of these shapes: no views of it to torch, but tensors with storages of their own.
+
+    Views would share one storage, which is pickled once for each of them, and refused by safetensors.
+    """
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    windows: list[torch.Tensor] = [from_dlpack(to_dlpack(part)) for part in parts]
+    return [window.as_strided_(t.shape, t.stride()) for window, t in zip(windows, like, strict=True)]
+
+
+def _in_three(windows: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    third = len(windows) // 3
+    return [windows[:third], windows[third : 2 * third], windows[2 * third :]]
+
+
+def _weakly(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _holders(windows: list[torch.Tensor], storages: list[int]) -> tuple[set[int], ...]:
+    """Return by how many each is held: in Python, by torch itself (for a backward), and its memory by other tensors."""
+    return (
+        set(map(sys.getrefcount, windows)),
+        set(map(_use_count, windows)),
+        set(map(_storage_use_count, storages)),
+    )
+
+
+@cache
+def _holders_of_ours() -> tuple[set[int], ...]:
+    """Return what ``_holders`` finds where windows are held by an allocator's dictionaries only."""
+    kinds = [{name: torch.zeros(1, device="cpu") for name in "ab"} for _ in range(3)]
+    run = _Run(kinds, ["a", "b"], [torch.zeros(1, device="cpu")] * 2)
+    windows: list[Any] = [reference() for reference in run._references]
+    return _holders(windows, run._addresses)
