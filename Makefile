@@ -76,8 +76,8 @@ bench: .venv/ready  ## what an allocator step costs, with the guard and without 
 
 # DeepSpeed is built against the torch that is there, without its compiled operators: the tests run on the CPU.
 .venv/stacks: .venv/ready
-	@echo "Adding the training stacks that the tests use (TRL, bitsandbytes, DeepSpeed) ..."
-	$(PIP) --editable ".[trl]" bitsandbytes setuptools wheel ninja py-cpuinfo
+	@echo "Adding the training stacks that the tests use (TRL, Lightning, bitsandbytes, DeepSpeed) ..."
+	$(PIP) --editable ".[trl]" bitsandbytes lightning setuptools wheel ninja py-cpuinfo
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@touch $@
 

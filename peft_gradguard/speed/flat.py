@@ -152,7 +152,7 @@ class _Run:
         ]
 
     def _counted(self) -> list[int]:
-        """Return by how many each flat tensor is held. Less once torch has moved the memory of a window, to share it."""
+        """Return by how many each flat tensor is held. Less once torch has moved the memory of a window to share it."""
         return [_storage_use_count(memory.cdata) for memory in self._memory]
 
     def _is_there(self, kinds: Sequence[Scores], name: str) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 lightning = pytest.importorskip("lightning", reason="lightning is not installed")
 
-pytestmark = [pytest.mark.peft, pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 ORDER = "is called before the optimizer's step"
 LATE = "have no gradient"
