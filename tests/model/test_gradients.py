@@ -28,11 +28,13 @@ def test_gradient_that_deepspeed_holds_is_not_missing(mark: str | None, reason: 
 def test_zeros_beside_gradients_that_cannot_be_looked_at_prove_nothing() -> None:
     zeros, held = adalora_parameters(Named("q.lora_A.default", "q.lora_E.default"), "default")
     zeros.parameter.grad = torch.zeros(1)
-    alone = StepGradients({"q.lora_A.default": "no gradient"}, zeroed=True, came=False, zeros=("q.lora_A.default",))
+    alone = StepGradients(
+        {"q.lora_A.default": "no gradient"}, zeroed=True, came=False, zeros=frozenset({"q.lora_A.default"})
+    )
     assert step_gradients([zeros]) == alone
     held.parameter.ds_id = 1
     reasons = {"q.lora_A.default": None, "q.lora_E.default": None}
-    beside = StepGradients(reasons, zeroed=False, came=True, zeros=("q.lora_A.default",))
+    beside = StepGradients(reasons, zeroed=False, came=True, zeros=frozenset({"q.lora_A.default"}))
     assert step_gradients([zeros, held]) == beside
 
 
