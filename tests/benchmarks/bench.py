@@ -102,6 +102,20 @@ def step_rows(times: Times) -> list[list[str]]:
     return rows
 
 
+def resting_rows(times: Times) -> list[list[str]]:
+    """Beside plain PEFT on a model that adapts as many modules as a step uses: with a module that rests it fails."""
+    return [
+        [
+            f"{shape.title}; {step}",
+            f"{times.milliseconds('plain', f'{name} 50', step):.1f}",
+            f"{times.milliseconds('guard', f'{name} resting', step):.1f}",
+            f"**{times.ratio('guard', f'{name} resting', step, f'{name} 50'):.2f}**",
+        ]
+        for name, shape in SHAPES.items()
+        for step in ("ordinary", "masking")
+    ]
+
+
 def growth_rows(times: Times) -> list[list[str]]:
     sizes = sorted(
         [(layers, f"growth {layers}") for layers in GROWTH]
@@ -143,6 +157,10 @@ def main(rounds: int) -> None:
     )
     heads = ["allocator step", "plain", "calls PEFT", "ratio", "guard", "ratio", "plain, others only"]
     print(table(heads, step_rows(times)))
+    print(
+        "\nHalf of the modules rest at each step, the others at the next; plain PEFT adapts half of the layers only:\n"
+    )
+    print(table(["allocator step", "plain", "guard", "ratio"], resting_rows(times)))
     print("\nMicroseconds for each module:\n")
     heads = ["modules", *(f"{step}, {way}" for step in ("ordinary", "masking") for way in WAYS)]
     print(table(heads, growth_rows(times)))

@@ -31,6 +31,8 @@ import transformers
 from models import GROWTH, MASKING, ORDINARY, SHAPES, Shape, adalora_parameters, build, freeze, narrow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import peft
 
 PERCENTS = (0, 50, 95)
@@ -38,22 +40,40 @@ WARM_UP = 5
 """Steps before anything is measured: one that meets the parameters, those that compare, and one more."""
 
 
-def step_times(model: peft.PeftModel, step: int, repeat: int) -> list[float]:
+def step_times(
+    model: peft.PeftModel, step: int, repeat: int, before: Callable[[int], None] | None = None
+) -> list[float]:
     times = []
     gc.collect()
-    for _ in range(repeat):
+    for number in range(repeat):
+        if before:
+            before(number)
         start = time.thread_time()
         model.base_model.update_and_allocate(step)
         times.append(1000 * (time.thread_time() - start))
     return times
 
 
-def both_steps(model: peft.PeftModel, shape: Shape) -> dict[str, list[float]]:
-    step_times(model, ORDINARY, WARM_UP)
+def both_steps(
+    model: peft.PeftModel, shape: Shape, before: Callable[[int], None] | None = None
+) -> dict[str, list[float]]:
+    step_times(model, ORDINARY, 2 * WARM_UP if before else WARM_UP, before)
     return {
-        "ordinary": step_times(model, ORDINARY, shape.ordinary),
-        "masking": step_times(model, MASKING, shape.masking),
+        "ordinary": step_times(model, ORDINARY, shape.ordinary, before),
+        "masking": step_times(model, MASKING, shape.masking, before),
     }
+
+
+def resting_in_turn(model: peft.PeftModel) -> Callable[[int], None]:
+    """Return what lets every other module rest at even steps, and the others at odd ones, as experts do."""
+    triplets = [(index // 3, parameter) for index, parameter in enumerate(adalora_parameters(model))]
+    gradients = [parameter.grad for _, parameter in triplets]
+
+    def rest(step: int) -> None:
+        for (module, parameter), gradient in zip(triplets, gradients, strict=True):
+            parameter.grad = gradient if (module + step) % 2 else None
+
+    return rest
 
 
 def times() -> dict[str, dict[str, list[float]]]:
@@ -68,6 +88,9 @@ def times() -> dict[str, dict[str, list[float]]]:
             elif layers:
                 model = build(shape, without=layers)
             found[f"{name} {percent}"] = both_steps(model, shape)
+        if GUARDED:
+            model = build(shape)
+            found[f"{name} resting"] = both_steps(model, shape, resting_in_turn(model))
     for layers in GROWTH:
         found[f"growth {layers}"] = both_steps(build(narrow(layers)), narrow(layers))
     return found
