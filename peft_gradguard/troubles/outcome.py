@@ -191,6 +191,6 @@ def _why_other_ranks(call: AllocatorCall) -> str:
             "together. Does an optimizer hold its parameters, and is its learning rate above zero?"
         )
     return (
-        "Some ranks have equal scores, and PEFT prunes them together. Were parts of lora_A, lora_B and lora_E set to "
-        "the same values?"
+        "Some ranks have equal scores, and PEFT prunes them together. Likely causes: gradients clipped by value, a "
+        "lora_E that does not train, parts of lora_A, lora_B and lora_E set to the same values."
     )
