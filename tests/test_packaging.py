@@ -109,9 +109,9 @@ def test_install_start_and_uninstall_without_trace(install: Callable[[Environmen
     before = files(environment.root)
     install(environment)
     seen = environment.look(PEFT_GRADGUARD="1")
-    assert (seen["guarded"], seen["ways"]) == (True, [".pth"])
+    assert (seen["guarded"], seen["ways"]) == (True, [environment.way])
     assert seen["from"].startswith(str(REPOSITORY)) == (install is install_editable)
-    assert environment.look()["at_start"] == []
+    assert environment.look()["at_start"] == environment.at_rest
     assert environment.run("-m", "peft_gradguard", "run", environment.python, "-c", "print('runs')").stdout == "runs\n"
     pip(environment.python, "uninstall", "--yes", "peft-gradguard")
     left = {name for name in files(environment.root) - before if not name.startswith("lib64")}

@@ -22,6 +22,7 @@ from environments import (
     paths,
     pip,
     python,
+    reads_start_files,
     run,
     target,
     wheel,
@@ -34,13 +35,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-# The .pth file
+# The .pth file, and from Python 3.15 on the .start file
 
 
 @pytest.mark.parametrize("value", [None, "", " ", *OFF, "OFF", " False "])
-def test_off_imports_nothing(environment: Environment, value: str | None) -> None:
+def test_off_does_nothing(environment: Environment, value: str | None) -> None:
     seen = environment.look(**({} if value is None else {"PEFT_GRADGUARD": value}))
-    assert seen["at_start"] == []
+    assert seen["at_start"] == environment.at_rest
     assert not seen["guarded"]
     assert seen["stderr"] == ""
 
@@ -50,7 +51,7 @@ def test_on_waits_for_peft_alone(environment: Environment, value: str) -> None:
     seen = environment.look(PEFT_GRADGUARD=value)
     assert seen["at_start"] == ["_peft_gradguard_start"]
     assert seen["guarded"]
-    assert seen["ways"] == [".pth"]
+    assert seen["ways"] == [environment.way]
     assert seen["stderr"] == ""
 
 
@@ -59,15 +60,17 @@ def test_pth_that_runs_twice_waits_once() -> None:
     pip(environment.python, "install", "--no-deps", "--no-index", "--ignore-installed", wheel())
     add_stand_ins(environment.site_packages)
     write(environment.site_packages / "count.pth", "import sys; sys.pth_runs = getattr(sys, 'pth_runs', 0) + 1\n")
-    assert environment.run("-c", "import sys; print(sys.pth_runs)").stdout == "2\n"
+    # Python 3.15 collects what is to be run, and runs it once.
+    runs = 1 if reads_start_files(CURRENT) else 2
+    assert environment.run("-c", "import sys; print(sys.pth_runs)").stdout == f"{runs}\n"
     seen = environment.look(PEFT_GRADGUARD="1")
-    assert (seen["waiting"], seen["ways"], seen["guarded"]) == (1, [".pth"], True)
+    assert (seen["waiting"], seen["ways"], seen["guarded"]) == (1, [environment.way], True)
 
 
 @pytest.mark.parametrize("option", ["-I", "-E", "-s"])
 def test_options_that_leave_site_packages(environment: Environment, option: str) -> None:
     assert environment.look(option, PEFT_GRADGUARD="1")["guarded"]
-    assert environment.look(option)["at_start"] == []
+    assert environment.look(option)["at_start"] == environment.at_rest
 
 
 def test_without_site_nothing_happens(environment: Environment) -> None:
@@ -80,8 +83,8 @@ def test_value_that_is_not_understood(environment: Environment) -> None:
     assert not seen["guarded"]
     warnings = [line for line in seen["stderr"].splitlines() if "RuntimeWarning" in line]
     assert len(warnings) == 1
-    # The line of the .pth file, which Python runs as a string.
-    assert warnings[0].startswith("<string>:")
+    # The line of the .pth file, which Python runs as a string; for a .start file, what calls the function.
+    assert warnings[0].startswith({".pth": "<string>:", ".start": "<frozen site>:"}[environment.way])
     assert "'perhaps'" in warnings[0]
     assert all(word in warnings[0] for word in (*ON, *OFF))
 
@@ -108,7 +111,7 @@ def test_peft_that_somebody_elses_start_up_code_has_imported(version: str, tmp_p
 
 
 def test_start_file_names_a_function_that_is_there(version: str) -> None:
-    # Python 3.15 resolves the entry point so; there is none here to see it do so.
+    # Python 3.15 resolves the entry point so.
     (line,) = [
         line
         for line in (installed(version).site_packages / "peft_gradguard.start").read_text().splitlines()
@@ -157,6 +160,10 @@ def test_damage_gives_one_line(damage: str, way: str, version: str, tmp_path: Pa
     ran = run(python(version), "-c", f"{begin}import peft; print('runs')", PEFT_GRADGUARD="1", PYTHONPATH=path)
     assert ran.returncode == 0
     assert ran.stdout == ("users\nruns\n" if way == "sitecustomize" else "runs\n")
+    if (damage, way) == ("start", ".pth") and reads_start_files(version):
+        # There is no line of ours that could say it.
+        assert ran.stderr.endswith(f"ModuleNotFoundError: No module named {START.removesuffix('.py')!r}\n")
+        return
     (line,) = ran.stderr.splitlines()
     assert line.startswith("peft_gradguard: ")
     assert line.endswith(
@@ -174,6 +181,10 @@ def test_pass_is_never_stopped_by_damage(version: str, tmp_path: Path) -> None:
     write(tmp_path / "_peft_gradguard_start.py", "raise RuntimeError")
     ran = installed(version).run("-c", "pass", PEFT_GRADGUARD="1", PYTHONPATH=str(tmp_path))
     assert ran.returncode == 0
+    if reads_start_files(version):
+        assert ran.stderr.startswith(f"Error resolving entry point {START.removesuffix('.py')}:start from ")
+        assert ran.stderr.endswith("RuntimeError\n")
+        return
     # One for each time that Python runs the .pth file: twice, in a virtual environment.
     assert ran.stderr.splitlines() == ["peft_gradguard: cannot start by itself: RuntimeError()"] * 2
 

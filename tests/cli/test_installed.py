@@ -38,7 +38,7 @@ def status(*options: object, **variables: str) -> tuple[int, dict[str, Any]]:
 
 def test_status_on() -> None:
     returncode, said = status(PEFT_GRADGUARD="1")
-    assert (returncode, said["state"], said["ways_in"], said["needs_guard"]) == (0, "on", [".pth"], True)
+    assert (returncode, said["state"], said["ways_in"], said["needs_guard"]) == (0, "on", [real().way], True)
     assert said["switch"] == {
         "value": "1", "meaning": "on", "read_from": "the environment variable PEFT_GRADGUARD",
     }  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-VERSIONS = ("3.10", "3.11", "3.12", "3.13")
+VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 CURRENT = ".".join(map(str, sys.version_info[:2]))
 AUTOLOAD = "peft_gradguard/autoload"
 START = "_peft_gradguard_start.py"
@@ -128,9 +128,25 @@ def pip(python: Path | str, *arguments: object) -> subprocess.CompletedProcess[s
     return subprocess.run(command, check=True, capture_output=True, text=True)
 
 
+def reads_start_files(version: str) -> bool:
+    """Say whether this Python reads ``.start`` files (PEP 829), and no code in a ``.pth`` file beside one."""
+    return tuple(map(int, version.split("."))) >= (3, 15)
+
+
 @dataclass(frozen=True)
 class Environment:
     root: Path
+    version: str
+
+    @property
+    def way(self) -> str:
+        """Which start-up file this Python reads."""
+        return ".start" if reads_start_files(self.version) else ".pth"
+
+    @property
+    def at_rest(self) -> list[str]:
+        """What is imported at the start while the switch is off: a ``.start`` file can only name a function."""
+        return [START.removesuffix(".py")] if reads_start_files(self.version) else []
 
     @property
     def scripts(self) -> Path:
@@ -154,7 +170,7 @@ class Environment:
 def new_environment(version: str, name: str, *options: str) -> Environment:
     root = folder() / f"{name}-{version}"
     subprocess.run([python(version), "-m", "venv", "--without-pip", *options, str(root)], check=True)
-    return Environment(root)
+    return Environment(root, version)
 
 
 @functools.cache
