@@ -231,10 +231,13 @@ def _factors(betas: Betas, like: torch.Tensor) -> list[Any]:
 
 
 def _runs_of(parameters: Waiting, kinds: Sequence[Scores]) -> list[list[str]]:
-    """Cut the names into runs of so many numbers, or of one parameter; those that do not fit are left out."""
+    """Cut the names into runs of so many numbers, or of one parameter; those that do not fit are left out.
+
+    By size, so that those of E lie together: who keeps these, and keeps the memory of their runs, keeps no others.
+    """
     runs: list[list[str]] = []
     room = 0
-    for name, parameter in parameters.items():
+    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].numel()):
         numbers = parameter.numel()
         if numbers and all(_fits(kind.get(name), parameter) for kind in kinds):
             if not runs or numbers > room:
