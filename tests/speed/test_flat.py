@@ -753,7 +753,7 @@ def test_small_parameters_need_no_threads_of_torch() -> None:
     """A forked process hangs in them where its parent has used them. PEFT's scores of such parameters need none."""
     program = f"""
         import os, signal, sys
-        sys.path[:0] = {[path for path in sys.path if path]!r}
+        sys.path[:0] = {[os.path.dirname(__file__), *filter(None, sys.path)]!r}
         import peft_gradguard, torch
         from torch import nn
         from test_flat import *
