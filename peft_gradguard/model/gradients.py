@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 SMALL = 1 << 12
 """A tensor of at most so many numbers takes torch longer to look for than to read."""
-CHUNK = 1 << 16
-"""The numbers that are copied to be looked at together."""
+CHUNK = (1 << 15) - 1
+"""The numbers that are copied to be looked at together: as many as torch works on in one thread (``speed/flat.py``)."""
 
 
 class StepGradients(NamedTuple):

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 CHUNK = 1 << 17
 """The numbers of a run, unless one parameter has more: half a megabyte of float32, so that what is at work stays in the
 cache."""
+CPU_CHUNK = (1 << 15) - 1
+"""As many as torch works on in one thread. Parameters that PEFT scores without a second thread are so here as well: a
+forked process hangs in torch's threads where its parent has used them."""
 OFTEN = 2
 """Who was found to hold the scores of a parameter so often will go on: PEFT makes them from then on."""
 
@@ -70,10 +73,10 @@ class Plan:
         with torch.no_grad():
             for run in runs:
                 names = [name for name in run.names if name in waiting]
-                windows = run.windows(kinds, names) if names else []
+                windows = run.windows(kinds, names, waiting) if names else []
                 if windows is None:
                     # What waits of it, and is not held, is laid out anew, from what the allocator has.
-                    held |= run.held(kinds, names)
+                    held |= run.held(kinds, names, waiting)
                     continue
                 self._runs.append(run)
                 parameters = [waiting[name] for name in names]
@@ -121,28 +124,43 @@ class _Run:
         self._references = [weakref.ref(window) for window in windows]
         self._storages = [_weakly(window) for window in windows]
         self._addresses = [storage.cdata for storage in self._storages]
+        self._places = [window.data_ptr() for window in windows]
+        self._sizes = [parameter.shape for parameter in parameters]
         for kind, those in zip(kinds, _in_three(windows), strict=True):
             kind.update(zip(names, those, strict=True))
         del flats
         self._windows_on = self._counted()
 
-    def windows(self, kinds: Sequence[Scores], names: list[str]) -> list[torch.Tensor] | None:
-        """Return the windows of these, kind by kind; None where one is gone from there, or also somebody else's."""
-        references, addresses = self._references, self._addresses
+    def windows(self, kinds: Sequence[Scores], names: list[str], waiting: Waiting) -> list[torch.Tensor] | None:
+        """Return the windows of these, kind by kind.
+
+        None where one is gone from there, or also somebody else's, has other memory, or is not of its parameter's size.
+        """
+        references, addresses, places, sizes = self._references, self._addresses, self._places, self._sizes
         if len(names) < len(self.names):
             wanted = set(names)
-            chosen = [name in wanted for name in self.names] * 3
-            references, addresses = [*compress(references, chosen)], [*compress(addresses, chosen)]
+            chosen = [name in wanted for name in self.names]
+            sizes = [*compress(sizes, chosen)]
+            references, addresses, places = (
+                [*compress(those, chosen * 3)] for those in (references, addresses, places)
+            )
         windows: list[Any] = [reference() for reference in references]
         theirs = chain.from_iterable(map(kind.get, names, repeat(0)) for kind in kinds)
         is_there = all(map(is_, windows, theirs))
         del theirs
-        is_ours = is_there and _holders(windows, addresses) == _holders_of_ours() and not any(map(_needs_grad, windows))
+        is_ours = (
+            is_there
+            and _holders(windows, addresses) == _holders_of_ours()
+            and not any(map(_needs_grad, windows))
+            # Who sets ``data`` gives a tensor other memory, and may keep this one.
+            and [*map(torch.Tensor.data_ptr, windows)] == places
+            and [waiting[name].shape for name in names] == sizes
+        )
         return windows if is_ours and self._counted() == self._windows_on else None
 
-    def held(self, kinds: Sequence[Scores], names: list[str]) -> set[str]:
-        """Return those of these of which the allocator has a window that somebody else holds too."""
-        return {name for name in names if self._is_there(kinds, name) and self.windows(kinds, [name]) is None}
+    def held(self, kinds: Sequence[Scores], names: list[str], waiting: Waiting) -> set[str]:
+        """Return those of these of which the allocator has a window that is not, or not only, this run's own."""
+        return {name for name in names if self._is_there(kinds, name) and self.windows(kinds, [name], waiting) is None}
 
     def flats(self) -> list[torch.Tensor]:
         """Return the flat scores, one for each kind. The memory lives as long as any window does."""
@@ -213,15 +231,18 @@ def _factors(betas: Betas, like: torch.Tensor) -> list[Any]:
 
 
 def _runs_of(parameters: Waiting, kinds: Sequence[Scores]) -> list[list[str]]:
-    """Cut the names into runs of at most ``CHUNK`` numbers, or of one parameter; those that do not fit are left out."""
+    """Cut the names into runs of so many numbers, or of one parameter; those that do not fit are left out.
+
+    By size, so that those of E lie together: who keeps these, and keeps the memory of their runs, keeps no others.
+    """
     runs: list[list[str]] = []
     room = 0
-    for name, parameter in parameters.items():
+    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].numel()):
         numbers = parameter.numel()
         if numbers and all(_fits(kind.get(name), parameter) for kind in kinds):
             if not runs or numbers > room:
                 runs.append([])
-                room = CHUNK
+                room = CPU_CHUNK if parameter.is_cpu else CHUNK
             runs[-1].append(name)
             room -= numbers
     return runs
