@@ -77,9 +77,14 @@ def _all_code(code: CodeType) -> Iterator[CodeType]:
             yield from _all_code(constant)
 
 
+def _is_empty(name: str, value: object) -> bool:
+    # From Python 3.15 on an import says whether it is lazy: 0, if it is not.
+    return value is None or value == [] or (name == "is_lazy" and value == 0)
+
+
 def _plain(node: Any) -> Any:
     """Return a syntax tree as nested tuples. Without empty fields: Python releases differ in those that they have."""
     if isinstance(node, ast.AST):
-        fields = [(name, _plain(value)) for name, value in ast.iter_fields(node) if value is not None and value != []]
+        fields = [(name, _plain(value)) for name, value in ast.iter_fields(node) if not _is_empty(name, value)]
         return (type(node).__name__, *fields)
     return tuple(map(_plain, node)) if isinstance(node, list) else node

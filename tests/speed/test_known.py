@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import inspect
@@ -136,6 +137,23 @@ def test_other_blanks_and_comments_are_the_same_text(tmp_path: Path) -> None:
         ),
     ]
     assert is_known(load(tmp_path / "spaced.py", text(*changes)))
+
+
+def test_an_import_that_python_315_calls_not_lazy_is_the_import_of_before() -> None:
+    from peft_gradguard.speed import known
+
+    def told(**lazy: int) -> str:
+        (function,) = ast.parse("def update_ipt(self):\n    import deepspeed").body
+        assert isinstance(function, ast.FunctionDef)
+        for name, value in lazy.items():
+            statement = function.body[0]
+            statement._fields = ("names", name)
+            setattr(statement, name, value)
+        return known.fingerprint(function)
+
+    assert told(is_lazy=0) == told()
+    assert told(is_lazy=1) != told()
+    assert told(another=0) != told()
 
 
 OTHERWISE = {
