@@ -126,8 +126,6 @@ class _Run:
         self._sizes = [parameter.shape for parameter in parameters]
         for kind, those in zip(kinds, _in_three(windows), strict=True):
             kind.update(zip(names, those, strict=True))
-        del flats
-        self._windows_on = self._counted()
 
     def windows(self, kinds: Sequence[Scores], names: list[str], waiting: Waiting) -> list[torch.Tensor] | None:
         """Return the windows of these, kind by kind.
@@ -151,11 +149,11 @@ class _Run:
             is_there
             and _holders(windows, addresses) == _holders_of_ours()
             and not any(map(_needs_grad, windows))
-            # Who sets ``data`` gives a tensor other memory, and may keep this one.
+            # Who sets ``data`` gives a tensor other memory, and may keep this one; torch moves what it shares.
             and [*map(torch.Tensor.data_ptr, windows)] == places
             and [waiting[name].shape for name in names] == sizes
         )
-        return windows if is_ours and self._counted() == self._windows_on else None
+        return windows if is_ours else None
 
     def held(self, kinds: Sequence[Scores], names: list[str], waiting: Waiting) -> set[str]:
         """Return those of these of which the allocator has a window that is not, or not only, this run's own."""
@@ -167,10 +165,6 @@ class _Run:
             torch.empty(0, dtype=self._dtype, device=self._device).set_(_storage_at(memory.cdata))
             for memory in self._memory
         ]
-
-    def _counted(self) -> list[int]:
-        """Return by how many each flat tensor is held. Less once torch has moved the memory of a window to share it."""
-        return [_storage_use_count(memory.cdata) for memory in self._memory]
 
     def _is_there(self, kinds: Sequence[Scores], name: str) -> bool:
         references = self._references[self.names[name] :: len(self.names)]
