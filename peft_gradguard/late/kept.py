@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,7 +78,7 @@ class KeptGradients(StepListener):
             if parameter.requires_grad and key not in self._hooked:
                 # Torch refuses some; then gradients are told from each other by their identity.
                 with harmless("see the gradients of a parameter come"):
-                    parameter.register_hook(_Backward(self, parameter))  # type: ignore[no-untyped-call]
+                    self.see_backwards(parameter)
                     self._hooked[key] = parameter
 
     def step_was_left_out(self) -> bool:
@@ -159,26 +158,11 @@ class KeptGradients(StepListener):
             gradient = gradient.detach().clone()
         self._kept[id(parameter)] = Kept(gradient, source, version, _layout(parameter))
 
-    def _note_backward(self, parameter_id: int) -> None:
+    def after_backward(self, parameter_id: int) -> None:
+        """Note whose gradient is new."""
         if self.listens:
             self._backward_is_seen = self._backward_came = True
             self._fresh.add(parameter_id)
-
-
-class _Backward:
-    """A hook on a parameter: a backward has come. Knows ``KeptGradients`` weakly, and does nothing once it is gone."""
-
-    # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
-    __torch_unserializable__ = True
-
-    def __init__(self, kept: KeptGradients, parameter: torch.nn.Parameter) -> None:
-        self._kept = weakref.ref(kept)
-        self._id = id(parameter)
-
-    def __call__(self, gradient: torch.Tensor) -> None:
-        kept = self._kept()
-        if kept is not None:
-            kept._note_backward(self._id)
 
 
 def _overflow_left_it_out(optimizer: torch.optim.Optimizer) -> bool:

@@ -55,6 +55,29 @@ class StepListener:
     def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """Hear that an optimizer has stepped these parameters. Where steps call others, the inner one comes first."""
 
+    def see_backwards(self, parameter: torch.nn.Parameter) -> None:
+        """From now on hear of the backwards that reach it. The hook stays: to take it out might disturb torch."""
+        parameter.register_hook(_Backward(self, parameter))  # type: ignore[no-untyped-call]
+
+    def after_backward(self, parameter_id: int) -> None:
+        """Hear that a backward has reached a parameter, where that is seen."""
+
+
+class _Backward:
+    """A hook on a parameter: a backward has come. Knows its listener weakly, and does nothing once it is gone."""
+
+    # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
+    __torch_unserializable__ = True
+
+    def __init__(self, listener: StepListener, parameter: torch.nn.Parameter) -> None:
+        self._listener = weakref.ref(listener)
+        self._id = id(parameter)
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        listener = self._listener()
+        if listener is not None:
+            listener.after_backward(self._id)
+
 
 def register() -> None:
     """Register the two hooks; once in a process, before anything is trained."""

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 SMALL = 1 << 12
 """A tensor of at most so many numbers takes torch longer to look for than to read."""
-CHUNK = (1 << 15) - 1
-"""The numbers that are copied to be looked at together: as many as torch works on in one thread (``speed/flat.py``)."""
+CPU_CHUNK = (1 << 15) - 1
+"""The numbers worked on together: as many as torch takes in one thread. What PEFT's own code does without a second
+thread is so here as well: a forked process hangs in torch's threads where its parent has used them."""
 
 
 class StepGradients(NamedTuple):
@@ -135,8 +136,8 @@ def _norms_of_a_kind(
     if others:
         norms.append(torch.stack(torch._foreach_norm([tensors[index] for index in others], order)))
     for numbers, those in rows.items():
-        for start in range(0, len(those), CHUNK // numbers):
-            chunk = those[start : start + CHUNK // numbers]
+        for start in range(0, len(those), CPU_CHUNK // numbers):
+            chunk = those[start : start + CPU_CHUNK // numbers]
             flat: torch.Tensor = torch._utils._flatten_dense_tensors([tensors[index] for index in chunk])  # type: ignore[no-untyped-call]
             norms.append(torch.linalg.vector_norm(flat.view(len(chunk), numbers), order, dim=1))
             order_of += chunk

@@ -14,13 +14,15 @@ import sys
 import weakref
 from collections import Counter
 from functools import cache
-from itertools import chain, compress, repeat
+from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
+
+from ..model.gradients import CPU_CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,11 +32,7 @@ if TYPE_CHECKING:
     Waiting = dict[str, torch.nn.Parameter]
 
 CHUNK = 1 << 17
-"""The numbers of a run, unless one parameter has more: half a megabyte of float32, so that what is at work stays in the
-cache."""
-CPU_CHUNK = (1 << 15) - 1
-"""As many as torch works on in one thread. Parameters that PEFT scores without a second thread are so here as well: a
-forked process hangs in torch's threads where its parent has used them."""
+"""The numbers of a run on a GPU, unless one parameter has more. On the CPU they are ``CPU_CHUNK``."""
 OFTEN = 2
 """Who was found to hold the scores of a parameter so often will go on: PEFT makes them from then on."""
 
@@ -116,7 +114,7 @@ class _Run:
     """Parameters whose scores lie one behind the other. Holds no tensor: PEFT forgets its scores when it likes."""
 
     def __init__(self, kinds: Sequence[Scores], names: list[str], parameters: Sequence[torch.Tensor]) -> None:
-        self.names = names
+        self.names = {name: place for place, name in enumerate(names)}
         flats = _laid_out(names, kinds)
         self._dtype, self._device = flats[0].dtype, flats[0].device
         self._memory = [_weakly(flat) for flat in flats]
@@ -128,8 +126,6 @@ class _Run:
         self._sizes = [parameter.shape for parameter in parameters]
         for kind, those in zip(kinds, _in_three(windows), strict=True):
             kind.update(zip(names, those, strict=True))
-        del flats
-        self._windows_on = self._counted()
 
     def windows(self, kinds: Sequence[Scores], names: list[str], waiting: Waiting) -> list[torch.Tensor] | None:
         """Return the windows of these, kind by kind.
@@ -137,13 +133,14 @@ class _Run:
         None where one is gone from there, or also somebody else's, has other memory, or is not of its parameter's size.
         """
         references, addresses, places, sizes = self._references, self._addresses, self._places, self._sizes
-        if len(names) < len(self.names):
-            wanted = set(names)
-            chosen = [name in wanted for name in self.names]
-            sizes = [*compress(sizes, chosen)]
-            references, addresses, places = (
-                [*compress(those, chosen * 3)] for those in (references, addresses, places)
-            )
+        count = len(self.names)
+        if len(names) < count:
+            chosen = [self.names[name] for name in names]
+            sizes = [sizes[place] for place in chosen]
+            in_three = [place + kind * count for kind in range(3) for place in chosen]
+            references = [references[place] for place in in_three]
+            addresses = [addresses[place] for place in in_three]
+            places = [places[place] for place in in_three]
         windows: list[Any] = [reference() for reference in references]
         theirs = chain.from_iterable(map(kind.get, names, repeat(0)) for kind in kinds)
         is_there = all(map(is_, windows, theirs))
@@ -152,11 +149,11 @@ class _Run:
             is_there
             and _holders(windows, addresses) == _holders_of_ours()
             and not any(map(_needs_grad, windows))
-            # Who sets ``data`` gives a tensor other memory, and may keep this one.
+            # Who sets ``data`` gives a tensor other memory, and may keep this one; torch moves what it shares.
             and [*map(torch.Tensor.data_ptr, windows)] == places
             and [waiting[name].shape for name in names] == sizes
         )
-        return windows if is_ours and self._counted() == self._windows_on else None
+        return windows if is_ours else None
 
     def held(self, kinds: Sequence[Scores], names: list[str], waiting: Waiting) -> set[str]:
         """Return those of these of which the allocator has a window that is not, or not only, this run's own."""
@@ -169,13 +166,8 @@ class _Run:
             for memory in self._memory
         ]
 
-    def _counted(self) -> list[int]:
-        """Return by how many each flat tensor is held. Less once torch has moved the memory of a window to share it."""
-        return [_storage_use_count(memory.cdata) for memory in self._memory]
-
     def _is_there(self, kinds: Sequence[Scores], name: str) -> bool:
-        place = self.names.index(name)
-        references = self._references[place :: len(self.names)]
+        references = self._references[self.names[name] :: len(self.names)]
         return all(kind.get(name, 0) is reference() for kind, reference in zip(kinds, references, strict=True))
 
 

@@ -70,11 +70,15 @@ class _Steps(StepListener):
         self._values = energy.detach().clone()
         self.watch([energy])
 
-    def see_backwards(self, energy: torch.nn.Parameter) -> None:
-        """From now on see them. The hook stays: to take it out might disturb torch."""
-        if self._hooked != id(energy):
-            energy.register_hook(_Backward(self))  # type: ignore[no-untyped-call]
-            self._hooked = id(energy)
+    def see_backwards(self, parameter: torch.nn.Parameter) -> None:
+        """See them from now on, by one hook."""
+        if self._hooked != id(parameter):
+            super().see_backwards(parameter)
+            self._hooked = id(parameter)
+
+    def after_backward(self, parameter_id: int) -> None:
+        """Note that one has come."""
+        self.backward_came = True
 
     def follows(self, energy: torch.nn.Parameter) -> bool:
         """Say whether this is the E that is followed."""
@@ -107,21 +111,6 @@ class _Steps(StepListener):
             self.uses_what_was_seen = True
         else:
             self.is_doubtful = True
-
-
-class _Backward:
-    """A hook on E: a backward has come. Knows ``_Steps`` weakly, and does nothing once it is gone."""
-
-    # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
-    __torch_unserializable__ = True
-
-    def __init__(self, steps: _Steps) -> None:
-        self._steps = weakref.ref(steps)
-
-    def __call__(self, gradient: torch.Tensor) -> None:
-        steps = self._steps()
-        if steps is not None:
-            steps.backward_came = True
 
 
 def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:

@@ -30,6 +30,29 @@ def only(said: Callable[[], list[str]], model: Any = None) -> str:
     return text
 
 
+def begin_with_an_energy_of_zero(model: Any) -> None:
+    if any(p.any() for n, p in model.named_parameters() if ".lora_E." in n):
+        pytest.skip("this PEFT does not begin with an E of zero")
+
+
+def cast_adapter(model: Any, kind: torch.dtype) -> None:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and "ranknum" not in name:
+            parameter.data = parameter.data.to(kind)
+
+
+def train_the_head_alone(steps: Any = range(1, TOTAL + 1)) -> None:
+    model = make()
+    begin_with_an_energy_of_zero(model)
+    head = model.base_model.model.head.requires_grad_(True)
+    train(
+        model,
+        steps,
+        optimizer=torch.optim.AdamW(head.parameters(), lr=1e-2),
+        loss=lambda model, step: model(torch.randn(8, 6)).logits.square().mean(),
+    )
+
+
 def test_missed_finalising_step_is_named(records: list[logging.LogRecord]) -> None:
     outcome = train_scenario(SCENARIOS["calls that miss the finalising step"])
     messages = [record.getMessage() for record in records if record.levelname == "WARNING"]
@@ -105,9 +128,7 @@ def test_half_precision_is_named_where_it_loses_all_scores(
     said: Callable[[], list[str]], kind: torch.dtype, size: float
 ) -> None:
     model = make()
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name and "ranknum" not in name:
-            parameter.data = parameter.data.to(kind)
+    cast_adapter(model, kind)
 
     def gradients(model: Any, step: int) -> torch.Tensor:
         # Small ones, as of a long sequence.
@@ -121,15 +142,7 @@ def test_half_precision_is_named_where_it_loses_all_scores(
 
 
 def test_adapter_that_no_optimizer_holds(said: Callable[[], list[str]]) -> None:
-    model = make()
-    if any(p.any() for n, p in model.named_parameters() if ".lora_E." in n):
-        pytest.skip("this PEFT does not begin with an E of zero")
-    model.base_model.model.head.requires_grad_(True)
-    train(
-        model,
-        optimizer=torch.optim.AdamW(model.base_model.model.head.parameters(), lr=1e-2),
-        loss=lambda model, step: model(torch.randn(8, 6)).logits.square().mean(),
-    )
+    train_the_head_alone()
     texts = said()
     assert any("All scores of lora_E are zero, as if the adapter did not train" in text for text in texts)
     assert any("keeps 0 ranks where its budget allows" in text for text in texts)
@@ -141,11 +154,8 @@ def test_warm_up_that_begins_with_a_learning_rate_of_zero(
     said: Callable[[], list[str]], lost: tuple[int, ...], kind: torch.dtype
 ) -> None:
     model = make(tinit=0)
-    if any(p.any() for n, p in model.named_parameters() if ".lora_E." in n):
-        pytest.skip("this PEFT does not begin with an E of zero")
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name and "ranknum" not in name:
-            parameter.data = parameter.data.to(kind)
+    begin_with_an_energy_of_zero(model)
+    cast_adapter(model, kind)
     optimizer = optimizer_of(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 4))
     for step in range(1, FINAL):
@@ -171,16 +181,7 @@ def test_warm_up_that_begins_with_a_learning_rate_of_zero(
 def test_adapter_that_does_not_train_is_named_at_the_second_masking_step(
     said: Callable[[], list[str]], steps: tuple[int, ...], times: int
 ) -> None:
-    model = make()
-    if any(p.any() for n, p in model.named_parameters() if ".lora_E." in n):
-        pytest.skip("this PEFT does not begin with an E of zero")
-    model.base_model.model.head.requires_grad_(True)
-    train(
-        model,
-        (1, 2, *steps),
-        optimizer=torch.optim.AdamW(model.base_model.model.head.parameters(), lr=1e-2),
-        loss=lambda model, step: model(torch.randn(8, 6)).logits.square().mean(),
-    )
+    train_the_head_alone((1, 2, *steps))
     assert len([text for text in said() if "All scores of lora_E are zero" in text]) == times
 
 
