@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+PLACE = (
+    "after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step; in Lightning, from "
+    "optimizer_step"
+)
+"""Where a training loop calls ``update_and_allocate``, for every message that says so."""
+
 
 class NoGradientError(RuntimeError):
     """No AdaLoRA parameter of the adapter has a gradient, so that nothing can be scored.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import NoGradientError
+from ..errors import PLACE, NoGradientError
 from ..late.order import PATIENCE, Found, Word
 from ..model.adapters import adapters_that_train, idle_layers
 from ..model.parameters import EXCLUDED, FROZEN
@@ -18,7 +18,7 @@ CAUSES = (
     "Either update_and_allocate comes before backward or after zero_grad (Trainer's on_step_end), or the adapter took "
     "no part in this step (disabled, merged)."
 )
-REMEDY = "Call it after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step."
+REMEDY = f"Call it {PLACE}."
 KEEPING = "Until then the guard keeps each step's gradients."
 
 LATE = "The %d AdaLoRA parameters have no gradient %s, so nothing is scored. %s %s %s"

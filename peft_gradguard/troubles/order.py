@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..errors import PLACE
 from ..late.optimizers import StepListener, listen, listen_no_more
 from ..late.order import Order
 from ..log import harmless
@@ -154,8 +155,8 @@ def _close(call: AllocatorCall, steps: StepListener | None) -> None:
 def _say(call: AllocatorCall) -> None:
     words = call.memory.seen.troubles[TOPIC] = (
         f"AdaLoRA's update_and_allocate is called before the optimizer's step {call.at}. The step writes over the "
-        "mask: pruned ranks come back in memory, but not in what is saved, and the two give different results. Call it "
-        "after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step."
+        "mask: pruned ranks come back in memory, but not in what is saved, and the two give different results. "
+        f"Call it {PLACE}."
     )
     call.memory.said.warn_once(TOPIC, "%s", words)
 

@@ -188,7 +188,8 @@ def _why_other_ranks(call: AllocatorCall) -> str:
     if not any(bool(score.any()) for score in scores):
         return (
             "All scores of lora_E are zero, as if the adapter did not train, and ranks with equal scores are pruned "
-            "together. Does an optimizer hold its parameters, and is its learning rate above zero?"
+            "together. Does an optimizer hold its parameters, is its learning rate above zero, and did its steps take "
+            "place (a GradScaler skips those that have overflowed)?"
         )
     return (
         "Some ranks have equal scores, and PEFT prunes them together. Likely causes: gradients clipped by value, a "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import PLACE
 from ..log import harmless
 from ..model.pattern import pattern_by_full_name
 from .ended import Ending, anything_has_ended, judge_at_the_end, living, say_what_has_ended
@@ -69,9 +70,9 @@ class Watch(Ending):
             self.memory.said.warn_once(
                 "never called",
                 "AdaLoRA's adapter %r was trained, but update_and_allocate was never called, so that all ranks stayed "
-                "as they started. Call model.base_model.update_and_allocate(step) after the optimizer's step and "
-                "before zero_grad; in a Trainer, from on_optimizer_step.",
+                "as they started. Call model.base_model.update_and_allocate(step) %s.",
                 self.memory.adapter,
+                PLACE,
             )
 
     def _be_an_orphan(self, energy: torch.Tensor) -> None:
