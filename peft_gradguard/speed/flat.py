@@ -25,14 +25,14 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 from ..model.gradients import CPU_CHUNK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     Scores = dict[str, torch.Tensor]
     Betas = tuple[float, float]
     Waiting = dict[str, torch.nn.Parameter]
 
 CHUNK = 1 << 17
-"""The numbers of a run on a GPU, unless one parameter has more. On the CPU they are ``CPU_CHUNK``."""
+"""The numbers of a run, unless one parameter has more. On the CPU it is worked on by ``CPU_CHUNK`` of them at once."""
 OFTEN = 2
 """Who was found to hold the scores of a parameter so often will go on: PEFT makes them from then on."""
 
@@ -77,22 +77,17 @@ class Plan:
                     held |= run.held(kinds, names, waiting)
                     continue
                 self._runs.append(run)
-                parameters = [waiting[name] for name in names]
                 if len(names) == len(run.names):
-                    _advance(run.flats(), parameters, betas)
+                    run.advance(waiting, betas)
                 elif names:
-                    _advance_some(windows, parameters, betas)
-                for name in names:
-                    del waiting[name]
+                    _advance_some(windows, [waiting[name] for name in names], betas)
+                    _take_out(names, waiting)
             self._held.update(held)
             new = {n: p for n, p in waiting.items() if n not in held and self._held[n] < OFTEN}
             for names in _runs_of(new, kinds):
-                parameters = [waiting[name] for name in names]
-                run = _Run(kinds, names, parameters)
-                _advance(run.flats(), parameters, betas)
+                run = _Run(kinds, names, waiting)
+                run.advance(waiting, betas)
                 self._runs.append(run)
-                for name in names:
-                    del waiting[name]
 
 
 def advanced(
@@ -101,10 +96,10 @@ def advanced(
     """Yield each name with its new ``ipt``, ``exp_avg_ipt`` and ``exp_avg_unc``; nothing that is there changes."""
     # PEFT begins anew, from zeros, where there is no ipt, whatever the averages are.
     scored = {name: parameter for name, parameter in parameters.items() if name in kinds[0]}
-    for names in _runs_of(scored, kinds[1:]):
+    for names in chain.from_iterable(_pieces(run, scored) for run in _runs_of(scored, kinds[1:])):
         weights = [parameters[name] for name in names]
         with torch.no_grad():
-            flats = _laid_out(names, kinds)
+            flats = _laid_out([names], kinds)
             _advance(flats, weights, betas)
             new = [_windows(flat, weights) for flat in flats]
         yield from zip(names, *new, strict=True)
@@ -113,9 +108,12 @@ def advanced(
 class _Run:
     """Parameters whose scores lie one behind the other. Holds no tensor: PEFT forgets its scores when it likes."""
 
-    def __init__(self, kinds: Sequence[Scores], names: list[str], parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(self, kinds: Sequence[Scores], names: list[str], waiting: Mapping[str, torch.Tensor]) -> None:
         self.names = {name: place for place, name in enumerate(names)}
-        flats = _laid_out(names, kinds)
+        parameters = [waiting[name] for name in names]
+        self._pieces = _pieces(names, waiting)
+        self._lengths = [sum(waiting[name].numel() for name in piece) for piece in self._pieces]
+        flats = _laid_out(self._pieces, kinds)
         self._dtype, self._device = flats[0].dtype, flats[0].device
         self._memory = [_weakly(flat) for flat in flats]
         windows = [window for flat in flats for window in _windows(flat, parameters)]
@@ -159,12 +157,13 @@ class _Run:
         """Return those of these of which the allocator has a window that is not, or not only, this run's own."""
         return {name for name in names if self._is_there(kinds, name) and self.windows(kinds, [name], waiting) is None}
 
-    def flats(self) -> list[torch.Tensor]:
-        """Return the flat scores, one for each kind. The memory lives as long as any window does."""
-        return [
-            torch.empty(0, dtype=self._dtype, device=self._device).set_(_storage_at(memory.cdata))
-            for memory in self._memory
-        ]
+    def advance(self, waiting: Waiting, betas: Betas) -> None:
+        """Advance the whole run, piece by piece: a parameter leaves ``waiting`` when its scores are made."""
+        # The memory lives as long as any window does.
+        flats = [_flat(_storage_at(memory.cdata), self._dtype, self._device) for memory in self._memory]
+        for names, *piece in zip(self._pieces, *(torch.split(flat, self._lengths) for flat in flats), strict=True):
+            _advance(piece, [waiting[name] for name in names], betas)
+            _take_out(names, waiting)
 
     def _is_there(self, kinds: Sequence[Scores], name: str) -> bool:
         references = self._references[self.names[name] :: len(self.names)]
@@ -227,17 +226,32 @@ def _runs_of(parameters: Waiting, kinds: Sequence[Scores]) -> list[list[str]]:
 
     By size, so that those of E lie together: who keeps these, and keeps the memory of their runs, keeps no others.
     """
-    runs: list[list[str]] = []
-    room = 0
-    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].numel()):
-        numbers = parameter.numel()
-        if numbers and all(_fits(kind.get(name), parameter) for kind in kinds):
-            if not runs or numbers > room:
-                runs.append([])
-                room = CPU_CHUNK if parameter.is_cpu else CHUNK
-            runs[-1].append(name)
-            room -= numbers
-    return runs
+    fit = [n for n, p in parameters.items() if p.numel() and all(_fits(kind.get(n), p) for kind in kinds)]
+    return _cut(sorted(fit, key=lambda name: parameters[name].numel()), parameters, CHUNK)
+
+
+def _pieces(names: list[str], parameters: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Cut a run into what is worked on at once."""
+    return _cut(names, parameters, CPU_CHUNK) if parameters[names[0]].is_cpu else [names]
+
+
+def _cut(names: list[str], parameters: Mapping[str, torch.Tensor], room: int) -> list[list[str]]:
+    """Cut the names into lists of so many numbers, or of one parameter."""
+    lists: list[list[str]] = []
+    left = 0
+    for name in names:
+        numbers = parameters[name].numel()
+        if not lists or numbers > left:
+            lists.append([])
+            left = room
+        lists[-1].append(name)
+        left -= numbers
+    return lists
+
+
+def _take_out(names: list[str], waiting: Waiting) -> None:
+    for name in names:
+        del waiting[name]
 
 
 def _fits(score: torch.Tensor | None, parameter: torch.nn.Parameter) -> bool:
@@ -251,11 +265,21 @@ def _fits(score: torch.Tensor | None, parameter: torch.nn.Parameter) -> bool:
     )
 
 
-def _laid_out(names: list[str], kinds: Sequence[Scores]) -> list[torch.Tensor]:
+def _laid_out(pieces: list[list[str]], kinds: Sequence[Scores]) -> list[torch.Tensor]:
     """Return the scores of these in new memory, flat, kind by kind. ``ipt``, which is made anew, has any values."""
-    flats = [_flatten([kind[name] for name in names]) for kind in kinds[1:]]
-    average, uncertainty = flats if len(names) > 1 else [flat.clone() for flat in flats]
-    return [torch.empty_like(average), average, uncertainty]
+    like, lengths = kinds[1][pieces[0][0]], [sum(kinds[1][name].numel() for name in names) for names in pieces]
+    # Not torch.empty, which fills what it gives where algorithms are to be deterministic.
+    size = sum(lengths) * like.element_size()
+    memory = [torch.UntypedStorage(size, device=like.device) for _ in range(3)]  # type: ignore[no-untyped-call]
+    flats = [_flat(each, like.dtype, like.device) for each in memory]
+    for kind, flat in zip(kinds[1:], flats[1:], strict=True):
+        for names, part in zip(pieces, torch.split(flat, lengths), strict=True):
+            part.copy_(_flatten([kind[name] for name in names]))
+    return flats
+
+
+def _flat(memory: torch.UntypedStorage, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device=device).set_(memory)
 
 
 def _windows(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -290,6 +314,6 @@ def _holders(windows: list[torch.Tensor], storages: list[int]) -> tuple[set[int]
 def _holders_of_ours() -> tuple[set[int], ...]:
     """Return what ``_holders`` finds where windows are held by an allocator's dictionaries only."""
     kinds = [{name: torch.zeros(1, device="cpu") for name in "ab"} for _ in range(3)]
-    run = _Run(kinds, ["a", "b"], [torch.zeros(1, device="cpu")] * 2)
+    run = _Run(kinds, ["a", "b"], kinds[0])
     windows: list[Any] = [reference() for reference in run._references]
     return _holders(windows, run._addresses)

@@ -625,7 +625,7 @@ def test_who_keeps_the_scores_of_e_keeps_few_others(monkeypatch: pytest.MonkeyPa
             history.append({n: t for n, t in allocator_of(model).exp_avg_ipt.items() if ".lora_E." in n})
     allocator_of(model).reset_ipt()
     kept = sum(numbers for memory, numbers in laid if not torch.UntypedStorage._expired(memory.cdata))
-    assert 0 < kept <= flat.OFTEN * flat.CPU_CHUNK
+    assert 0 < kept <= flat.OFTEN * flat.CHUNK
     assert len(history) == 5
 
 
@@ -747,6 +747,14 @@ def test_parameters_that_have_grown_spoil_no_other_scores() -> None:
     assert found == [False] + [True] * 53
 
 
+@today
+def test_pieces_of_a_run(monkeypatch: pytest.MonkeyPatch, plain: Callable[..., Any]) -> None:
+    from peft_gradguard.speed import flat
+
+    monkeypatch.setattr(flat, "CPU_CHUNK", 20)
+    assert train("float32", 0.0, True) == plain(train, "float32", 0.0, False)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @today
 def test_small_parameters_need_no_threads_of_torch() -> None:
@@ -789,7 +797,7 @@ def test_torch_without_what_it_takes(monkeypatch: pytest.MonkeyPatch, plain: Cal
 def test_runs_of_parameters_stay_below_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_gradguard.speed import flat
 
-    monkeypatch.setattr(flat, "CPU_CHUNK", 6)
+    monkeypatch.setattr(flat, "CHUNK", 6)
     sizes = {str(index): size for index, size in enumerate((3, 3, 1, 7, 0, 1, 4, 5, 12, 1))}
     parameters = {name: nn.Parameter(torch.empty(size)) for name, size in sizes.items()}
     scores = {name: torch.empty(size) for name, size in sizes.items()}
