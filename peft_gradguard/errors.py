@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-PLACE = (
-    "after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step; in Lightning, from "
-    "optimizer_step"
-)
+PLACE = "after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step"
 """Where a training loop calls ``update_and_allocate``, for every message that says so."""
 
 
-class NoGradientError(RuntimeError):
+class NoGradientError(RuntimeError, TypeError):
     """No AdaLoRA parameter of the adapter has a gradient, so that nothing can be scored.
 
     Raised out of ``RankAllocator.update_and_allocate`` (and so out of ``AdaLoraModel.update_and_allocate``) instead of
     PEFT's ``TypeError: unsupported operand type(s) for *: 'Parameter' and 'NoneType'``. The message says which case it
-    is and what to change in the training loop. Nothing was scored, pruned or changed by the call that raised it.
+    is and what to change in the training loop. Nothing was scored, pruned or changed by the call that raised it. It is
+    a ``TypeError`` too, so that a loop which goes on after PEFT's goes on as it did.
     """
 
 

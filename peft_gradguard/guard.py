@@ -23,7 +23,7 @@ from .troubles.overlap import warn_of_overlap
 from .troubles.schedule import explained
 from .troubles.uncalled import watch_for_calls
 from .troubles.unmatched import warn_of_unmatched_patterns
-from .wrapper import is_own, scores_by_gradients
+from .wrapper import is_own, is_undisturbed, scores_by_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,12 +60,13 @@ def update_and_allocate(
             rank(call)
         if replaced:
             call.view.show_the_model()
-        with scoring(call) if by_gradients else nullcontext():
+        with scoring(call, beneath=False) if by_gradients else nullcontext():
             result = peft(call.view)
-        with harmless("note what a step has left"):
-            note_step(call, *result)
         look_after_scoring(call)
-        look_after_masking(call, *result)
+        with harmless("note what a step has left"):
+            # What somebody else's wrapper, beneath this one, has made of it may be anything.
+            note_step(call, *result)
+            look_after_masking(call, *result)
     return result
 
 
@@ -79,9 +80,13 @@ def update_ipt(
     """
     with call_for(allocator, model) as call:
         look_at_the_door(call)
-        with scoring(call) as any_usable:
-            if any_usable:
-                peft(call.view) if rest or more else score(call, peft)
+        if is_undisturbed(allocator, "update_ipt") or scores_by_gradients(allocator):
+            with scoring(call) as any_usable:
+                if any_usable:
+                    peft(call.view) if rest or more else score(call, peft)
+        else:
+            call.view.show_the_model()
+            peft(call.view)
         look_after_scoring(call)
         rank(call)
 
@@ -128,7 +133,7 @@ def mask_to_budget(
                 budget = round(budget * now / before)
             with explained(call, budget):
                 pattern = peft(call.view, budget)
-            keep_masks(call.parameters, pattern)
+            keep_masks(call.parameters, pattern or {})
             return pattern
     existing: RankPattern | None = allocator.peft_config.rank_pattern
     return existing

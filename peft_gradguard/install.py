@@ -226,10 +226,12 @@ def _apply(module: ModuleType) -> None:
             from . import guard
             from .checkpoints import load
             from .late.optimizers import register
+            from .stacks.dynamo import keep_compilers_out
         finally:
             _in_this_thread.applying = False
         with _lock:
             register()
+            keep_compilers_out()
             for name, arguments in METHODS.items():
                 wrap(module.RankAllocator, name, getattr(guard, name), arguments)
             # PEFT 0.5 has none, and leaves requires_grad alone.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,8 +46,17 @@ def harmless(what: str) -> Iterator[None]:
     """Let nothing that fails in this block, which is there for comfort, come through to the program."""
     try:
         yield
-    except Exception:
+    except Exception as error:
+        if is_of_a_signal(error):
+            raise
         say(logging.DEBUG, "peft_gradguard could not %s.", what, exc_info=True)
+
+
+def is_of_a_signal(error: BaseException) -> bool:
+    """Say whether a signal's handler has raised this, such as a time limit: it is the program's, and only came here."""
+    handlers = map(signal.getsignal, signal.valid_signals())
+    codes = {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def said_level() -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,5 +69,7 @@ def warn(message: str) -> None:
 
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
-    except RuntimeWarning:
-        print(f"peft_gradguard: {message}", file=sys.stderr)
+    except Exception:
+        # It may be an error here, or somebody's way to show it fails; and stderr may be closed.
+        with suppress(Exception):
+            print(f"peft_gradguard: {message}", file=sys.stderr)

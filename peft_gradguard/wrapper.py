@@ -55,6 +55,11 @@ class GuardWrapper(wrapt.FunctionWrapper):  # type: ignore[misc, type-arg, unuse
     ``wrapt`` would bind it to an object of its own, which cannot be copied or pickled, and knows no ``self=``.
     """
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # Not the function's, which torch.compile would take it for.
+        return GuardWrapper
+
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else MethodType(self, instance)
 
@@ -190,9 +195,11 @@ def is_pefts(allocator: RankAllocator, *names: str) -> bool:
 def scores_by_gradients(allocator: RankAllocator) -> bool:
     """Say whether its ``update_ipt`` reads gradients or calls the guarded one: itself, or in a function that it calls.
 
-    PEFT's method does; a subclass may score by something else, and then needs none. True where that cannot be seen.
+    PEFT's method does; a subclass may score by something else, and then needs none, and so may what somebody has put in
+    PEFT's place before the guard came. True where that cannot be seen.
     """
-    found, seen = [_found_first(allocator, "update_ipt")], {"super"}
+    first = _found_first(allocator, "update_ipt")
+    found, seen = [first.__wrapped__ if type(first) is GuardWrapper else first], {"super"}
     if not isinstance(found[0], FunctionType | MethodType):
         return True
     for _ in range(3):
@@ -207,6 +214,12 @@ def scores_by_gradients(allocator: RankAllocator) -> bool:
             found += [_found_first(allocator, used) for used in names - seen] + _known_to(function, names - seen)
             seen |= names
     return False
+
+
+def cannot_do_without_gradients(allocator: RankAllocator) -> bool:
+    """Say whether what the guard wraps as ``update_ipt`` is PEFT's, and not somebody's who passes over parameters."""
+    methods = (vars(kind).get("update_ipt") for kind in type(allocator).__mro__)
+    return any(type(method) is GuardWrapper and _is_pefts(method.__wrapped__) for method in methods)
 
 
 def leads_to_guard(method: Any) -> bool:

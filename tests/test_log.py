@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -193,3 +195,28 @@ def test_progress_bars_that_cannot_be_cleared_stop_no_message(
     monkeypatch.setitem(sys.modules, "tqdm.std", sys)
     log.say(logging.WARNING, "Two.")
     assert [record.getMessage() for record in records] == ["One.", "Two."]
+
+
+class TimeIsUpError(Exception):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such signal here")
+@pytest.mark.parametrize("kind", ["a function", "a method"])
+def test_time_limit_that_ends_while_the_guard_is_at_work_is_the_programs(kind: str) -> None:
+    class Limit:
+        def ends(self, *_: object) -> None:
+            raise TimeIsUpError
+
+    def ends(*_: object) -> None:
+        raise TimeIsUpError
+
+    before = signal.signal(signal.SIGALRM, ends if kind == "a function" else Limit().ends)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        with pytest.raises(TimeIsUpError), log.harmless("wait"):
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with log.harmless("raise the same error"):
+        raise TimeIsUpError

@@ -70,3 +70,12 @@ def test_what_start_up_code_has_named_is_not_named_again(
         warnings.simplefilter("always")
         assert read_switch({"PEFT_GRADGUARD": value}) is None
     assert len(said) == again
+
+
+def test_a_warning_that_cannot_be_shown_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("I/O operation on closed file")
+
+    monkeypatch.setattr(warnings, "warn", fails)
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=fails))
+    assert read_switch({"PEFT_GRADGUARD": "maybe"}) is None

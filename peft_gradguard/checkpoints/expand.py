@@ -24,7 +24,7 @@ class SavedTriplet:
 
     def __init__(self, triplet: Triplet, tensors: Mapping[str, torch.Tensor]) -> None:
         self.triplet = triplet
-        self.A, self.B, self.E = (tensors[part.name] for part in triplet)
+        self.A, self.B, self.E = (tensors[part.name] for part in triplet.parts)
         self.rows = len(triplet.E.parameter)
         """How many ranks the triplet has in the model."""
         self.kept = len(self.E)
@@ -38,7 +38,7 @@ class SavedTriplet:
     @property
     def can_be_put_back(self) -> bool:
         """Whether nothing but ranks is missing, and all is here to put them into."""
-        live, saved = [part.parameter for part in self.triplet], (self.A, self.B, self.E)
+        live, saved = [part.parameter for part in self.triplet.parts], (self.A, self.B, self.E)
         if any(tensor.dim() != 2 or is_dtensor(tensor) for tensor in (*live, *saved)):
             return False
         shapes = (self.kept, live[0].shape[1]), (live[1].shape[0], self.kept), (self.kept, 1)
@@ -50,10 +50,10 @@ def saved_triplets(every: Sequence[Triplet], state: Mapping[str, object], prefix
     tensors = {
         part.name: found
         for triplet in every
-        for part in triplet
+        for part in triplet.parts
         if isinstance(found := state.get(prefix + part.name), torch.Tensor)
     }
-    return [SavedTriplet(triplet, tensors) for triplet in every if all(part.name in tensors for part in triplet)]
+    return [SavedTriplet(triplet, tensors) for triplet in every if all(part.name in tensors for part in triplet.parts)]
 
 
 def keeps_of(saved: Sequence[SavedTriplet], pattern: RankPattern, adapter: str) -> dict[str, list[bool]] | None:
@@ -84,7 +84,7 @@ def expanded(
     for triplet in saved:
         if triplet.is_whole:
             continue
-        A, B, E = triplet.triplet
+        A, B, E = triplet.triplet.parts
         keep = torch.tensor(keeps[E.name], dtype=torch.bool, device="cpu")
         whole[A.name] = _filled(_start(A, triplet.A, untouched, random), triplet.A, keep)
         whole[B.name] = _filled(_start(B, triplet.B, untouched, random).T, triplet.B.T, keep).T.contiguous()

@@ -17,7 +17,7 @@ import torch
 
 from ..log import harmless, said_level, say
 from ..memory.memory import known_memory
-from ..model.parameters import triplets
+from ..model.parameters import whole_triplets
 from ..model.pattern import pattern_by_full_name
 from ..model.walk import adalora_parameters
 from ..rules.call import memory_for
@@ -111,7 +111,7 @@ def _stays_whole(tuner: AdaLoraModel, rank_pattern: RankPattern, adapter: str) -
 
 def _put_back(tuner: AdaLoraModel, allocator: RankAllocator, state: dict[str, Any], prefix: str) -> None:
     adapter = allocator.adapter_name
-    saved = saved_triplets(triplets(adalora_parameters(tuner.model, adapter)), state, prefix)
+    saved = saved_triplets(whole_triplets(adalora_parameters(tuner.model, adapter)), state, prefix)
     if not saved or not all(triplet.is_whole or triplet.can_be_put_back for triplet in saved):
         return
     memory = memory_for(allocator)

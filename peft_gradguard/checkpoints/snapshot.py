@@ -15,7 +15,7 @@ from ..late.order import Order
 from ..memory.counts import Count
 from ..memory.memory import known_memory
 from ..model.marks import is_dtensor, whole_shape
-from ..model.parameters import triplets
+from ..model.parameters import whole_triplets
 from ..model.pattern import budget_name, pattern_by_full_name
 from ..model.walk import adalora_parameters
 from ..rules.call import memory_for
@@ -70,7 +70,7 @@ class _Allocator:
         self.adapter: str = self.allocator.adapter_name
         self.config: Any = tuner.peft_config[self.adapter]
         self.parameters = adalora_parameters(tuner.model, self.adapter)
-        self.triplets = triplets(self.parameters)
+        self.triplets = whole_triplets(self.parameters)
 
     def take(self) -> State:
         """Return the state of this allocator."""

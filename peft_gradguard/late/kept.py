@@ -52,6 +52,8 @@ class KeptGradients(StepListener):
         """Whether an optimizer that holds these parameters has stepped since the last call."""
         self._backward_came = False
         """Whether a backward has come since the last call."""
+        self._brought_more = False
+        """Whether one of these was seen to bring more than zeros."""
         self._fresh: set[int] = set()
         """The parameters that a backward has reached since their gradients were last scored."""
         self._backward_is_seen = False
@@ -85,12 +87,16 @@ class KeptGradients(StepListener):
         """Say whether, since the last call, gradients came but no optimizer used them: a ``GradScaler``'s overflow."""
         return self._backward_came and not self.stepped
 
+    def zeros_come_from_the_loss(self) -> bool:
+        """Say whether the zeros that a call has found are what a backward has brought, and not ``zero_grad``'s."""
+        return self._backward_came and not self._brought_more
+
     def start_anew(self, scored: Sequence[AdaLoraParameter]) -> None:
         """After a call: let go of what is kept, and of what has happened; ``scored``: whose own gradients it scored."""
         self._kept = {}
         if scored:
             self._fresh = set()
-        self._backward_came = self.stepped = False
+        self._backward_came = self._brought_more = self.stepped = False
         gradients = ((p.parameter, p.parameter.grad) for p in scored if not self._backward_is_seen)
         self._scored = {id(p): gradient for p, gradient in gradients if gradient is not None}
 
@@ -158,11 +164,13 @@ class KeptGradients(StepListener):
             gradient = gradient.detach().clone()
         self._kept[id(parameter)] = Kept(gradient, source, version, _layout(parameter))
 
-    def after_backward(self, parameter_id: int) -> None:
+    def after_backward(self, parameter_id: int, gradient: torch.Tensor) -> None:
         """Note whose gradient is new."""
         if self.listens:
             self._backward_is_seen = self._backward_came = True
             self._fresh.add(parameter_id)
+            # Where no call has found zeros, nobody asks.
+            self._brought_more = self._brought_more or not self.copies or _is_more_than_zeros(gradient)
 
 
 def _overflow_left_it_out(optimizer: torch.optim.Optimizer) -> bool:
@@ -170,6 +178,13 @@ def _overflow_left_it_out(optimizer: torch.optim.Optimizer) -> bool:
     found_inf = getattr(optimizer, "found_inf", None)
     # Other optimizers may use the name for something else.
     return isinstance(found_inf, torch.Tensor | float | int) and bool(torch.as_tensor(found_inf).any())
+
+
+def _is_more_than_zeros(gradient: torch.Tensor) -> bool:
+    if not (gradient.is_cuda and torch.cuda.is_current_stream_capturing()):
+        with harmless("see whether a gradient is zero"):
+            return bool(gradient.any())
+    return True
 
 
 def _layout(parameter: torch.nn.Parameter) -> tuple[Any, ...]:

@@ -59,8 +59,8 @@ class StepListener:
         """From now on hear of the backwards that reach it. The hook stays: to take it out might disturb torch."""
         parameter.register_hook(_Backward(self, parameter))  # type: ignore[no-untyped-call]
 
-    def after_backward(self, parameter_id: int) -> None:
-        """Hear that a backward has reached a parameter, where that is seen."""
+    def after_backward(self, parameter_id: int, gradient: torch.Tensor) -> None:
+        """Hear that a backward has reached a parameter, where that is seen, and what it brings."""
 
 
 class _Backward:
@@ -76,7 +76,7 @@ class _Backward:
     def __call__(self, gradient: torch.Tensor) -> None:
         listener = self._listener()
         if listener is not None:
-            listener.after_backward(self._id)
+            listener.after_backward(self._id, gradient)
 
 
 def register() -> None:

@@ -43,11 +43,19 @@ class AdaLoraParameter(NamedTuple):
 
 
 class Triplet(NamedTuple):
-    """The A, B and E of one module. Pruning rank ``i`` zeroes row ``i`` of E."""
+    """The A, B and E of one module. Pruning rank ``i`` zeroes row ``i`` of E.
 
-    A: AdaLoraParameter
-    B: AdaLoraParameter
+    One that is tied to another module's is None: the model names it there, and PEFT ranks by the others.
+    """
+
     E: AdaLoraParameter
+    A: AdaLoraParameter | None = None
+    B: AdaLoraParameter | None = None
+
+    @property
+    def parts(self) -> list[AdaLoraParameter]:
+        """What the model names of it: A, B and E."""
+        return [part for part in (self.A, self.B, self.E) if part is not None]
 
 
 def triplets(parameters: Iterable[AdaLoraParameter]) -> list[Triplet]:
@@ -55,7 +63,12 @@ def triplets(parameters: Iterable[AdaLoraParameter]) -> list[Triplet]:
     modules: dict[str, dict[Factor, AdaLoraParameter]] = {}
     for parameter in parameters:
         modules.setdefault(parameter.module, {})[parameter.factor] = parameter
-    return [Triplet(**factors) for factors in modules.values() if len(factors) == 3]
+    return [Triplet(**factors) for factors in modules.values() if "E" in factors and len(factors) > 1]
+
+
+def whole_triplets(parameters: Iterable[AdaLoraParameter]) -> list[Triplet]:
+    """Return those of which the model names all three parts."""
+    return [triplet for triplet in triplets(parameters) if len(triplet.parts) == 3]
 
 
 def modules_inside_modules_to_save(modules: Iterable[str]) -> set[str]:
@@ -93,5 +106,5 @@ def ranked_triplets(
         if triplet.E.module not in saved
         and triplet.E.name not in warming_up
         and takes_part(triplet.E, scored)
-        and (takes_part(triplet.A, scored) or takes_part(triplet.B, scored))
+        and any(takes_part(part, scored) for part in triplet.parts if part is not triplet.E)
     ]

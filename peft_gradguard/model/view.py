@@ -45,9 +45,10 @@ class ModelView(wrapt.ObjectProxy):  # type: ignore[misc, type-arg, unused-ignor
         return self._self_parameters if self._self_shown is None else self._self_shown
 
     def show(self, parameters: Iterable[AdaLoraParameter]) -> None:
-        """Let ``named_parameters()`` yield these from now on."""
-        names = {parameter.name for parameter in parameters}
-        self._self_shown = [parameter for parameter in self._self_parameters if parameter.name in names]
+        """Let ``named_parameters()`` yield these from now on, in the model's order, and what it has not at the end."""
+        by_name = {parameter.name: parameter for parameter in parameters}
+        self._self_shown = [p for p in self._self_parameters if by_name.pop(p.name, None) is not None]
+        self._self_shown += by_name.values()
 
     def show_the_model(self) -> None:
         """Let ``named_parameters()`` yield just what the model's own does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..model.parameters import triplets
+from ..model.parameters import whole_triplets
 from ..troubles.overlap import advice_on_overlap
 from ..troubles.pruned import advice_on_pruned_adapter
 from ..troubles.schedule import wrong_schedule
@@ -126,7 +126,7 @@ def _nothing_trainable(look: Look, scored: bool) -> Iterator[str]:
 
 def _partly_frozen(parameters: list[AdaLoraParameter]) -> Iterator[str]:
     by_factors: dict[str, list[str]] = {}
-    for triplet in triplets(parameters):
+    for triplet in whole_triplets(parameters):
         by_factors.setdefault(_trains(triplet), []).append(triplet.E.module)
     pinned = [module for factors in ("A", "B", "AB") for module in by_factors.get(factors, [])]
     if pinned:
@@ -149,7 +149,7 @@ def _partly_frozen(parameters: list[AdaLoraParameter]) -> Iterator[str]:
 
 def _trains(triplet: Triplet) -> str:
     """Return the factors that train, such as ``"AE"``."""
-    return "".join(part.factor for part in triplet if part.parameter.requires_grad)
+    return "".join(part.factor for part in triplet.parts if part.parameter.requires_grad)
 
 
 def _some(names: list[str]) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from peft.tuners.adalora import RankAllocator
 
+    from ..errors import NoGradientError
     from ..memory.memory import Memory
     from ..model.gradients import StepGradients
     from ..model.parameters import AdaLoraParameter, Triplet
@@ -35,6 +36,7 @@ class AllocatorCall:
         "gradients",
         "is_pefts_alone",
         "memory",
+        "nothing_to_score",
         "ranked",
         "scoring_is_due",
         "step",
@@ -63,6 +65,8 @@ class AllocatorCall:
         """What the last scoring of this call had to score."""
         self.gradients: StepGradients | None = None
         """What the last scoring of this call has found, until somebody takes it."""
+        self.nothing_to_score: NoGradientError | None = None
+        """Why the scoring under way scores nothing, where somebody else's code can do without, and PEFT's cannot."""
         self.ranked: list[Triplet] | None = None
         """What was last found to be ranked in this call."""
 

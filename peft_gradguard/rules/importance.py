@@ -28,7 +28,7 @@ def importance(allocator: RankAllocator, parameters: Iterable[AdaLoraParameter])
 def _of_triplet(allocator: RankAllocator, triplet: Triplet) -> float | None:
     scored = scores_of(allocator)
     # Without the guard PEFT's scores may be shards (FSDP2): to sum those would be a collective.
-    parts = {p.factor: p.name for p in triplet if takes_part(p, scored) and not is_dtensor(scored[p.name])}
+    parts = {p.factor: p.name for p in triplet.parts if takes_part(p, scored) and not is_dtensor(scored[p.name])}
     means = []
     if "A" in parts:
         means.append(allocator._element_score(parts["A"]).mean(dim=1, keepdim=True))  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from ..wrapper import is_pefts
 if TYPE_CHECKING:
     from collections.abc import Container
 
-    from ..model.parameters import Triplet
+    from ..model.parameters import AdaLoraParameter, Triplet
     from ..model.pattern import RankPattern
     from .call import AllocatorCall
 
@@ -38,7 +38,7 @@ def rank(call: AllocatorCall) -> list[Triplet]:
     with harmless("say what is left out"):
         _say_what_is_left_out(call, scored, warming_up)
     _count_budget(call, ranked)
-    call.view.show(part for triplet in ranked for part in triplet if takes_part(part, scored))
+    call.view.show(part for triplet in ranked for part in triplet.parts if takes_part(part, scored))
     call.ranked = ranked
     return ranked
 
@@ -69,9 +69,16 @@ def _count_budget(call: AllocatorCall, ranked: list[Triplet]) -> None:
         counted = every if memory.counted is None else memory.counted
     # Once PEFT has forgotten all scores (reset_ipt, at the finalising step) nothing says that the set has changed.
     if call.scored and names != counted:
-        call.view.show(part for triplet in ranked for part in triplet)
+        call.view.show(part for triplet in ranked for part in _to_count(triplet))
         allocator._set_budget_scheduler(call.view)  # type: ignore[no-untyped-call]
         memory.counted = names
+
+
+def _to_count(triplet: Triplet) -> list[AdaLoraParameter]:
+    """Return the parts of a triplet, of which PEFT counts the rows of A: E has as many, where A is tied to another."""
+    if triplet.A is not None:
+        return triplet.parts
+    return [*triplet.parts, triplet.E._replace(name=budget_name(triplet).replace("%s", "lora_A"))]
 
 
 def _say_what_is_left_out(call: AllocatorCall, scored: Container[str], warming_up: set[str]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from functools import cache
 from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     Scores = dict[str, torch.Tensor]
     Betas = tuple[float, float]
     Waiting = dict[str, torch.nn.Parameter]
+    Holders = tuple[set[int], ...]
 
 CHUNK = 1 << 17
 """The numbers of a run, unless one parameter has more. On the CPU it is worked on by ``CPU_CHUNK`` of them at once."""
@@ -69,12 +69,13 @@ class Plan:
         runs, self._runs = self._runs, []
         held: set[str] = set()
         with torch.no_grad():
+            ours = _holders_of_ours() if runs else ()
             for run in runs:
                 names = [name for name in run.names if name in waiting]
-                windows = run.windows(kinds, names, waiting) if names else []
+                windows = run.windows(kinds, names, waiting, ours) if names else []
                 if windows is None:
                     # What waits of it, and is not held, is laid out anew, from what the allocator has.
-                    held |= run.held(kinds, names, waiting)
+                    held |= run.held(kinds, names, waiting, ours)
                     continue
                 self._runs.append(run)
                 if len(names) == len(run.names):
@@ -125,8 +126,10 @@ class _Run:
         for kind, those in zip(kinds, _in_three(windows), strict=True):
             kind.update(zip(names, those, strict=True))
 
-    def windows(self, kinds: Sequence[Scores], names: list[str], waiting: Waiting) -> list[torch.Tensor] | None:
-        """Return the windows of these, kind by kind.
+    def windows(
+        self, kinds: Sequence[Scores], names: list[str], waiting: Waiting, ours: Holders
+    ) -> list[torch.Tensor] | None:
+        """Return the windows of these, kind by kind. ``ours``: who holds them, where nobody else does.
 
         None where one is gone from there, or also somebody else's, has other memory, or is not of its parameter's size.
         """
@@ -145,7 +148,7 @@ class _Run:
         del theirs
         is_ours = (
             is_there
-            and _holders(windows, addresses) == _holders_of_ours()
+            and _holders(windows, addresses) == ours
             and not any(map(_needs_grad, windows))
             # Who sets ``data`` gives a tensor other memory, and may keep this one; torch moves what it shares.
             and [*map(torch.Tensor.data_ptr, windows)] == places
@@ -153,9 +156,10 @@ class _Run:
         )
         return windows if is_ours else None
 
-    def held(self, kinds: Sequence[Scores], names: list[str], waiting: Waiting) -> set[str]:
+    def held(self, kinds: Sequence[Scores], names: list[str], waiting: Waiting, ours: Holders) -> set[str]:
         """Return those of these of which the allocator has a window that is not, or not only, this run's own."""
-        return {name for name in names if self._is_there(kinds, name) and self.windows(kinds, [name], waiting) is None}
+        there = [name for name in names if self._is_there(kinds, name)]
+        return {name for name in there if self.windows(kinds, [name], waiting, ours) is None}
 
     def advance(self, waiting: Waiting, betas: Betas) -> None:
         """Advance the whole run, piece by piece: a parameter leaves ``waiting`` when its scores are made."""
@@ -301,18 +305,24 @@ def _weakly(tensor: torch.Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-def _holders(windows: list[torch.Tensor], storages: list[int]) -> tuple[set[int], ...]:
-    """Return by how many each is held: in Python, by torch itself (for a backward), and its memory by other tensors."""
+def _holders(windows: list[torch.Tensor], storages: list[int]) -> Holders:
+    """Return by how many each is held: in Python, by torch itself (for a backward), and its memory by other tensors.
+
+    Torch has one Python object for a storage, which may be held too.
+    """
     return (
         set(map(sys.getrefcount, windows)),
         set(map(_use_count, windows)),
         set(map(_storage_use_count, storages)),
+        set(map(sys.getrefcount, map(torch.Tensor.untyped_storage, windows))),
     )
 
 
-@cache
-def _holders_of_ours() -> tuple[set[int], ...]:
-    """Return what ``_holders`` finds where windows are held by an allocator's dictionaries only."""
+def _holders_of_ours() -> Holders:
+    """Return what ``_holders`` finds where windows are held by an allocator's dictionaries only.
+
+    Asked at each step: a mode, or a tracer, may hold what is made while it is there.
+    """
     kinds = [{name: torch.zeros(1, device="cpu") for name in "ab"} for _ in range(3)]
     run = _Run(kinds, ["a", "b"], kinds[0])
     windows: list[Any] = [reference() for reference in run._references]

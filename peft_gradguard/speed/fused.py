@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..log import say
+from ..log import is_of_a_signal, say
 from ..model.marks import deepspeed_holds_gradient
 from ..settings import FUSED, read_fused
 from ..stacks.deepspeed import peft_asks_deepspeed
@@ -137,6 +137,8 @@ def _made(allocator: RankAllocator, trust: Trust, group: Group, parameters: Wait
         plan = trust.plans.setdefault(tuple(where), Plan())
         plan.advance(_kinds(allocator), waiting, (beta1, beta2))
     except Exception as error:
+        if is_of_a_signal(error):
+            raise
         trust.objection = CANNOT.format(error)
     return parameters.keys() - waiting.keys()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..log import harmless
 from .cleared import watch_for_cleared_gradients
 from .order import watch_the_order
-from .outcome import judge_the_end_of, note_that_a_copy_goes_on, warn_in_final_phase, warn_of_ranks
+from .outcome import judge_the_end_of, note_that_a_copy_goes_on, warn_in_final_phase, warn_of_lost_names, warn_of_ranks
 from .pruned import warn_of_pruned_adapter
 from .reach import warn_of_unreached_adapter
 from .replaced import warn_of_replaced_methods
@@ -62,4 +62,5 @@ def look_in_final_phase(call: AllocatorCall, pattern: RankPattern | None) -> Non
     """When ``mask_using_rank_pattern`` is called."""
     with harmless("look at the final phase"):
         warn_in_final_phase(call, pattern)
+        warn_of_lost_names(call, pattern)
         watch_the_order(call, pattern)

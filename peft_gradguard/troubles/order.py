@@ -8,7 +8,6 @@ watched for too: after a call in time one comes before the next step.
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,15 +28,17 @@ CALLS = 8
 
 
 class _Gradient(NamedTuple):
-    """A gradient, and how often torch had written to it."""
+    """A gradient, and how often torch had written to it.
 
-    tensor: weakref.ref[torch.Tensor]
+    Not known weakly: ``torch.utils.swap_tensors``, which ``Module.to`` may use, refuses such tensors.
+    """
+
+    tensor: torch.Tensor
     version: int
 
     def is_as_it_was(self, gradient: torch.Tensor | None) -> bool:
         """Say whether this is the gradient, and nobody has written to it since."""
-        # By identity: equal references may be those to equal tensors.
-        return gradient is not None and self.tensor() is gradient and self.version == gradient._version
+        return self.tensor is gradient and self.version == gradient._version
 
 
 class _Steps(StepListener):
@@ -77,7 +78,7 @@ class _Steps(StepListener):
             super().see_backwards(parameter)
             self._hooked = id(parameter)
 
-    def after_backward(self, parameter_id: int) -> None:
+    def after_backward(self, parameter_id: int, gradient: torch.Tensor) -> None:
         """Note that one has come."""
         self.backward_came = True
 
@@ -104,7 +105,7 @@ class _Steps(StepListener):
 
     def _look(self, energy: torch.nn.Parameter) -> None:
         """See whether the step uses what the call has seen; the same tensor may have other values."""
-        if energy.grad is None or self._seen is None or self._seen.tensor() is not energy.grad:
+        if energy.grad is None or self._seen is None or self._seen.tensor is not energy.grad:
             return
         if self._hooked == id(energy):
             self.uses_what_was_seen |= not self.backward_came
@@ -179,4 +180,4 @@ def _gradient_of(energy: torch.nn.Parameter) -> _Gradient | None:
     gradient = energy.grad
     if gradient is None or gradient.is_inference():
         return None
-    return _Gradient(weakref.ref(gradient), gradient._version)
+    return _Gradient(gradient, gradient._version)

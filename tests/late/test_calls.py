@@ -300,3 +300,30 @@ def test_frozen_parameters_stay_out_of_a_late_loop(model: peft.PeftModel, optimi
     assert len(model.base_model.rankallocator.exp_avg_ipt) == 9
     assert logits(model, branches()).isfinite().all()
     assert logging.getLogger("peft_gradguard").handlers == []
+
+
+@pytest.mark.parametrize("first", [1, 20])
+def test_zeros_that_the_loss_gives_are_no_late_call(
+    model: peft.PeftModel, caplog: pytest.LogCaptureFixture, first: int
+) -> None:
+    """With an optimizer that is none of torch's, and calls in time."""
+    for step in range(1, 80):
+        # As with rewards that are all equal.
+        (loss_of(model, vectors(step), False) * (0.0 if first <= step < first + 55 else 1.0)).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad
+        model.base_model.update_and_allocate(1)
+        model.zero_grad(set_to_none=False)
+    assert len(messages(caplog)) <= 1
+
+
+@pytest.mark.parametrize("broken", ["all frozen", "before backward"])
+def test_the_error_is_one_that_loops_already_pass_over(model: peft.PeftModel, broken: str) -> None:
+    if broken == "all frozen":
+        model.requires_grad_(False)
+    else:
+        model.base_model.update_and_allocate(1)
+    with pytest.raises(TypeError):
+        model.base_model.update_and_allocate(2)

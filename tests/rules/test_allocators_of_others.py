@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
+import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -10,6 +15,8 @@ import torch
 from peft.tuners.adalora import RankAllocator
 from scenarios import FINALISING, branches, build, loss_of, vectors
 from steps import advance, backward, new_model
+
+import peft_gradguard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,3 +114,86 @@ def test_step_of_a_type_of_the_users_own() -> None:
         backward(model, step)
         model.base_model.update_and_allocate(Moment(step))
     assert model.peft_config["default"].rank_pattern
+
+
+# -- The mend that people pass on
+
+
+def passes_over(allocator: RankAllocator, model: Any) -> None:
+    """PEFT's method, without what has no gradient."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and allocator.adapter_name in name and parameter.grad is not None:
+            if name not in allocator.ipt:
+                for kind in (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc):
+                    kind[name] = torch.zeros_like(parameter)
+            with torch.no_grad():
+                ipt = allocator.ipt[name] = (parameter * parameter.grad).abs().detach()
+                average = allocator.beta1 * allocator.exp_avg_ipt[name] + (1 - allocator.beta1) * ipt
+                uncertainty = (ipt - average).abs()
+                rest = (1 - allocator.beta2) * uncertainty
+                allocator.exp_avg_ipt[name] = average
+                allocator.exp_avg_unc[name] = allocator.beta2 * allocator.exp_avg_unc[name] + rest
+
+
+class Mended(RankAllocator):
+    def update_ipt(self, model: Any) -> None:
+        passes_over(self, model)
+
+
+class FailsAsPeft(RankAllocator):
+    def update_ipt(self, model: Any) -> None:
+        super().update_ipt(model)
+
+
+def train_in_stages(mended: str, frozen: bool) -> Any:
+    """The head first, then the adapter; the allocator is called at every step."""
+    if mended == "class":
+        RankAllocator.update_ipt = passes_over  # before the guard, where there is one
+    if GUARDED in os.environ:
+        import peft_gradguard
+
+        assert peft_gradguard.is_enabled()
+    model = new_model(Mended if mended == "subclass" else None)
+    if mended == "instance":
+        allocator = model.base_model.rankallocator
+        allocator.update_ipt = functools.partial(passes_over, allocator)
+    adapter = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    for step in range(1, FINALISING + 1):
+        for parameter in adapter:
+            parameter.requires_grad_(step > 3 or not frozen)
+        if step > 3:
+            backward(model, step)
+        model.base_model.update_and_allocate(step)
+        model.zero_grad()
+    return model.peft_config["default"].rank_pattern
+
+
+GUARDED = "TRAIN_GUARDED"
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("mended", ["class", "instance", "subclass"])
+def test_mended_method_trains_in_stages(mended: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = f"""
+        import os, sys
+        sys.path[:0] = {[os.path.dirname(__file__), *filter(None, sys.path)]!r}
+        from test_allocators_of_others import train_in_stages
+        print(train_in_stages({mended!r}, {frozen!r}))
+    """
+    found = []
+    for switch in ("0", "1"):
+        environ = {**os.environ, "PEFT_GRADGUARD": switch, **({GUARDED: "1"} if switch == "1" else {})}
+        command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environ)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert "True" in found[0]
+    assert found[0] == found[1]
+
+
+def test_subclass_that_asks_pefts_method_fails_as_that_would() -> None:
+    model = new_model(FailsAsPeft)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" not in name)
+    with pytest.raises(peft_gradguard.NoGradientError, match="All 12 AdaLoRA parameters are frozen"):
+        model.base_model.update_and_allocate(1)

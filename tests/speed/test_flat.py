@@ -466,6 +466,8 @@ HOLDERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "detached": lambda tensor: tensor.detach(),
     "data": lambda tensor: tensor.data,
     "a view": lambda tensor: tensor.view(-1),
+    "its storage": lambda tensor: tensor.untyped_storage(),
+    "its typed storage": lambda tensor: tensor.storage(),
     "a row": lambda tensor: tensor[0],
     "numpy": lambda tensor: tensor.numpy(),
     "on the CPU already": lambda tensor: tensor.cpu(),

@@ -237,3 +237,17 @@ def test_optimizer_that_writes_by_data(said: Callable[[], list[str]]) -> None:
         train(model, order=order, optimizer=ByData([p for p in model.parameters() if p.requires_grad]))
         assert len(named(said)) - times == 0 or order == "inside"
     assert len(named(said)) == 2
+
+
+def test_parameters_and_gradients_may_be_swapped(said: Callable[[], list[str]]) -> None:
+    """``Module.to`` swaps both where torch is told to; it refuses tensors that somebody knows weakly."""
+    future = pytest.importorskip("torch.__future__")
+    if not hasattr(future, "set_swap_module_params_on_conversion"):
+        pytest.skip("this torch swaps no parameters")
+    before = future.get_swap_module_params_on_conversion()
+    future.set_swap_module_params_on_conversion(True)
+    try:
+        train(make(), before=lambda model, step: model.to("cpu"), set_to_none=False)
+    finally:
+        future.set_swap_module_params_on_conversion(before)
+    assert not named(said)

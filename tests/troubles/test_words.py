@@ -177,6 +177,13 @@ def finalising_step_missed() -> None:
     train(make(), range(3, 2 * TOTAL, 3))
 
 
+def names_change_at_the_end() -> None:
+    model = make()
+    train(model, range(1, FINAL + 1))
+    model.base_model.model.first = torch.nn.Sequential(model.base_model.model.first)
+    train(model, range(FINAL + 1, FINAL + 3))
+
+
 def stopped_early() -> None:
     train(make(), range(1, 10))
     gc.collect()
@@ -290,8 +297,9 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
         some_frozen, late, late_and_zeroed, zeros, all_frozen_later, all_frozen, no_gradient_twice, no_optimizer_steps,
         no_parameters, detached, merged, disabled, another_is_active, reentrant_checkpoints, half_precision, untrained,
         equal_scores, nothing_is_ranked, first_call_is_the_finalising_one, samples_as_steps, finalising_step_missed,
-        stopped_early, never_called, before_the_step, cleared_before_the_call, target_is_not_below, no_step_is_left,
-        no_masking_step, budget_beyond_the_ranks, second_adapter, second_adapter_on_an_untrained_one,
+        names_change_at_the_end, stopped_early, never_called, before_the_step, cleared_before_the_call,
+        target_is_not_below, no_step_is_left, no_masking_step, budget_beyond_the_ranks, second_adapter,
+        second_adapter_on_an_untrained_one,
         one_config_for_two_trainings, pattern_of_numbers, without_allocator, report_without_allocator, replaced_method,
         excludes_nothing,
     )

@@ -209,8 +209,28 @@ def train_tied() -> tuple[Any, Any, list[Any]]:
     return allocator.exp_avg_ipt, model.peft_config["default"].rank_pattern, [allocator.init_bgt, allocator.target_bgt]
 
 
+def train_with_one_shared(factor: str) -> tuple[Any, Any, list[Any]]:
+    """All layers share one A, or one B."""
+    model = new_model()
+    trunk, branch = model.base_model.model.trunk, model.base_model.model.branch
+    for layer in (trunk[2], branch[0], branch[2]):
+        own, first = getattr(layer, factor)["default"], getattr(trunk[0], factor)["default"]
+        if own.shape == first.shape:
+            getattr(layer, factor)["default"] = first
+    advance(model, *range(1, FINALISING))
+    allocator = model.base_model.rankallocator
+    return allocator.exp_avg_ipt, model.peft_config["default"].rank_pattern, [allocator.init_bgt, allocator.target_bgt]
+
+
 @pytest.mark.parametrize(
-    "training", [(train_with_duplicates, "lora_"), (train_with_duplicates, "trunk.0.lora_B"), (train_tied,)]
+    "training",
+    [
+        (train_with_duplicates, "lora_"),
+        (train_with_duplicates, "trunk.0.lora_B"),
+        (train_tied,),
+        (train_with_one_shared, "lora_A"),
+        (train_with_one_shared, "lora_B"),
+    ],
 )
 def test_parameters_met_twice_are_scored_as_plain_peft_does(
     training: tuple[Any, ...], plain: Callable[..., Any]
@@ -223,13 +243,15 @@ def test_parameters_met_twice_are_scored_as_plain_peft_does(
     assert budget == plain_budget
 
 
-def test_triplet_of_which_a_part_is_tied_away_keeps_its_full_rank(model: peft.PeftModel) -> None:
-    """The parameter goes under the name of the other module then; nothing fails."""
+def test_shared_factor_beside_a_frozen_layer(model: peft.PeftModel) -> None:
+    """PEFT finds it under the name of the other module, and ranks by the others; so the budget counts its ranks."""
     trunk, branch = model.base_model.model.trunk, model.base_model.model.branch
     branch[2].lora_A["default"] = trunk[2].lora_A["default"]
+    frozen("trunk.0")(model, 0)
     advance(model, *range(1, TOTAL + 1))
+    assert model.base_model.rankallocator.init_bgt == 3 * INIT_R
     assert kept_ranks(model) == 3 * TARGET_R
-    assert branch[2].lora_E["default"].all()
+    assert not branch[2].lora_E["default"].all()
 
 
 def test_layers_added_and_removed_in_training(model: peft.PeftModel) -> None:
@@ -480,3 +502,36 @@ def test_options_of_the_interpreter() -> None:
     assert json.loads(found.stdout.splitlines()[-1]) == [3 * TARGET_R, 3]
     assert found.stdout.count("WARNING:peft_gradguard:") == 2
     assert "peft_gradguard" not in found.stderr
+
+
+RETURNS_NOTHING = """
+import peft, torch
+from peft.tuners.adalora import RankAllocator
+
+original = getattr(RankAllocator, NAME)
+
+
+def method(self, *args, **kwargs):
+    original(self, *args, **kwargs)
+
+
+setattr(RankAllocator, NAME, method)
+import peft_gradguard
+from situations import make, train
+
+def call(model, step):
+    model.base_model.rankallocator.update_and_allocate(model, step)
+
+
+train(make(), range(1, 16), allocate=call)
+print(len(peft_gradguard.report(make()).adapters))
+"""
+
+
+@pytest.mark.parametrize("name", ["update_and_allocate", "mask_to_budget"])
+def test_wrappers_beneath_the_guard_that_return_nothing(name: str) -> None:
+    program = RETURNS_NOTHING.replace("NAME", repr(name))
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": python_path()}
+    )
+    assert done.stdout == "1\n", done.stderr
