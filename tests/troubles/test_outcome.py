@@ -292,3 +292,13 @@ def test_memory_goes_with_the_model(said: Callable[[], list[str]]) -> None:
     del model, optimizer
     gc.collect()
     assert energy() is None
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_pattern_with_names_that_the_model_has_no_more(said: Callable[[], list[str]], wrapped: bool) -> None:
+    model = make()
+    train(model, range(1, FINAL + 1))
+    if wrapped:
+        model.base_model.model.first = torch.nn.Sequential(model.base_model.model.first)
+    train(model, range(FINAL + 1, TOTAL + 1))
+    assert ["pruned ranks come back" in words for words in said()] == [True] * wrapped
