@@ -47,8 +47,11 @@ class ModelView(wrapt.ObjectProxy):  # type: ignore[misc, type-arg, unused-ignor
     def show(self, parameters: Iterable[AdaLoraParameter]) -> None:
         """Let ``named_parameters()`` yield these from now on, in the model's order, and what it has not at the end."""
         by_name = {parameter.name: parameter for parameter in parameters}
-        self._self_shown = [p for p in self._self_parameters if by_name.pop(p.name, None) is not None]
-        self._self_shown += by_name.values()
+        shown = [parameter for parameter in self._self_parameters if parameter.name in by_name]
+        # A model may name one twice.
+        for parameter in shown:
+            by_name.pop(parameter.name, None)
+        self._self_shown = [*shown, *by_name.values()]
 
     def show_the_model(self) -> None:
         """Let ``named_parameters()`` yield just what the model's own does."""
