@@ -23,7 +23,7 @@ from .troubles.overlap import warn_of_overlap
 from .troubles.schedule import explained
 from .troubles.uncalled import watch_for_calls
 from .troubles.unmatched import warn_of_unmatched_patterns
-from .wrapper import is_own, is_undisturbed, scores_by_gradients
+from .wrapper import is_own, scores_by_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,11 +62,11 @@ def update_and_allocate(
             call.view.show_the_model()
         with scoring(call, beneath=False) if by_gradients else nullcontext():
             result = peft(call.view)
-        look_after_scoring(call)
+        # The result is what somebody else's wrapper, beneath this one, has made of it.
         with harmless("note what a step has left"):
-            # What somebody else's wrapper, beneath this one, has made of it may be anything.
             note_step(call, *result)
-            look_after_masking(call, *result)
+        look_after_scoring(call)
+        look_after_masking(call, result)
     return result
 
 
@@ -80,7 +80,7 @@ def update_ipt(
     """
     with call_for(allocator, model) as call:
         look_at_the_door(call)
-        if is_undisturbed(allocator, "update_ipt") or scores_by_gradients(allocator):
+        if call.is_pefts_alone or scores_by_gradients(allocator):
             with scoring(call) as any_usable:
                 if any_usable:
                     peft(call.view) if rest or more else score(call, peft)
@@ -156,7 +156,7 @@ def mask_using_rank_pattern(
         if masked:
             peft(call.view, masked)
             keep_masks(call.parameters, masked)
-        look_in_final_phase(call, rank_pattern)
+        look_in_final_phase(call, rank_pattern, masked)
 
 
 def _set_budget_scheduler(

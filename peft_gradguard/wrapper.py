@@ -189,7 +189,7 @@ def undisturbed(allocator: RankAllocator, name: str) -> FunctionType | None:
 def is_pefts(allocator: RankAllocator, *names: str) -> bool:
     """Say whether these methods, which the guard may not wrap, are as PEFT wrote them."""
     found = (_found_first(allocator, name) for name in names)
-    return all(_is_pefts(method.__wrapped__ if type(method) is GuardWrapper else method) for method in found)
+    return all(_is_pefts(_beneath(method)) for method in found)
 
 
 def scores_by_gradients(allocator: RankAllocator) -> bool:
@@ -198,8 +198,7 @@ def scores_by_gradients(allocator: RankAllocator) -> bool:
     PEFT's method does; a subclass may score by something else, and then needs none, and so may what somebody has put in
     PEFT's place before the guard came. True where that cannot be seen.
     """
-    first = _found_first(allocator, "update_ipt")
-    found, seen = [first.__wrapped__ if type(first) is GuardWrapper else first], {"super"}
+    found, seen = [_beneath(_found_first(allocator, "update_ipt"))], {"super"}
     if not isinstance(found[0], FunctionType | MethodType):
         return True
     for _ in range(3):
@@ -251,6 +250,11 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant)
+
+
+def _beneath(method: Any) -> Any:
+    """Return what the guard wraps, or else the method itself."""
+    return method.__wrapped__ if type(method) is GuardWrapper else method
 
 
 def _is_pefts(method: Any) -> bool:

@@ -78,7 +78,7 @@ class LateCalls:
         if not kept.listens:
             return verdict(self.order, found, stepped=False, hopeless=False)
         left_out = kept.step_was_left_out()
-        if found in (Found.ZEROS, Found.LENT_ZEROS) and kept.zeros_come_from_the_loss():
+        if found is Found.ZEROS and kept.zeros_come_from_the_loss():
             never_scored, left_out = False, False
         if found in (Found.ZEROS, Found.NOTHING) and left_out:
             self._without_step += 1

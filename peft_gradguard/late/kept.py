@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..log import harmless
+from ..model.gradients import is_captured
 from .optimizers import StepListener, listen, listen_no_more
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _overflow_left_it_out(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _is_more_than_zeros(gradient: torch.Tensor) -> bool:
-    if not (gradient.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not is_captured(gradient):
         with harmless("see whether a gradient is zero"):
             return bool(gradient.any())
     return True

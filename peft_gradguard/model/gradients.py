@@ -103,6 +103,11 @@ def magnitudes(tensors: Sequence[torch.Tensor]) -> list[float] | None:
     return None
 
 
+def is_captured(tensor: torch.Tensor) -> bool:
+    """Say whether a CUDA graph is recorded, which would break where a value is looked at."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _norms(tensors: Sequence[torch.Tensor], order: float) -> list[float]:
     """Return the norms with one synchronisation for each device and data type, instead of one for each tensor."""
     found = [0.0] * len(tensors)

@@ -44,14 +44,11 @@ class ModelView(wrapt.ObjectProxy):  # type: ignore[misc, type-arg, unused-ignor
         """The AdaLoRA parameters that ``named_parameters()`` yields."""
         return self._self_parameters if self._self_shown is None else self._self_shown
 
-    def show(self, parameters: Iterable[AdaLoraParameter]) -> None:
-        """Let ``named_parameters()`` yield these from now on, in the model's order, and what it has not at the end."""
-        by_name = {parameter.name: parameter for parameter in parameters}
-        shown = [parameter for parameter in self._self_parameters if parameter.name in by_name]
-        # A model may name one twice.
-        for parameter in shown:
-            by_name.pop(parameter.name, None)
-        self._self_shown = [*shown, *by_name.values()]
+    def show(self, parameters: Iterable[AdaLoraParameter], besides: Iterable[AdaLoraParameter] = ()) -> None:
+        """Let ``named_parameters()`` yield these from now on, and ``besides`` what the model has not."""
+        names = {parameter.name for parameter in parameters}
+        self._self_shown = [parameter for parameter in self._self_parameters if parameter.name in names]
+        self._self_shown += besides
 
     def show_the_model(self) -> None:
         """Let ``named_parameters()`` yield just what the model's own does."""

@@ -19,7 +19,7 @@ from ..wrapper import is_pefts
 if TYPE_CHECKING:
     from collections.abc import Container
 
-    from ..model.parameters import AdaLoraParameter, Triplet
+    from ..model.parameters import Triplet
     from ..model.pattern import RankPattern
     from .call import AllocatorCall
 
@@ -69,16 +69,11 @@ def _count_budget(call: AllocatorCall, ranked: list[Triplet]) -> None:
         counted = every if memory.counted is None else memory.counted
     # Once PEFT has forgotten all scores (reset_ipt, at the finalising step) nothing says that the set has changed.
     if call.scored and names != counted:
-        call.view.show(part for triplet in ranked for part in _to_count(triplet))
+        # PEFT counts the rows of A. E has as many, where A is tied to another module's.
+        instead = [t.E._replace(name=budget_name(t).replace("%s", "lora_A")) for t in ranked if t.A is None]
+        call.view.show((part for triplet in ranked for part in triplet.parts), instead)
         allocator._set_budget_scheduler(call.view)  # type: ignore[no-untyped-call]
         memory.counted = names
-
-
-def _to_count(triplet: Triplet) -> list[AdaLoraParameter]:
-    """Return the parts of a triplet, of which PEFT counts the rows of A: E has as many, where A is tied to another."""
-    if triplet.A is not None:
-        return triplet.parts
-    return [*triplet.parts, triplet.E._replace(name=budget_name(triplet).replace("%s", "lora_A"))]
 
 
 def _say_what_is_left_out(call: AllocatorCall, scored: Container[str], warming_up: set[str]) -> None:

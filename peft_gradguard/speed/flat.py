@@ -113,7 +113,7 @@ class _Run:
         self.names = {name: place for place, name in enumerate(names)}
         parameters = [waiting[name] for name in names]
         self._pieces = _pieces(names, waiting)
-        self._lengths = [sum(waiting[name].numel() for name in piece) for piece in self._pieces]
+        self._lengths = _lengths(self._pieces, waiting)
         flats = _laid_out(self._pieces, kinds)
         self._dtype, self._device = flats[0].dtype, flats[0].device
         self._memory = [_weakly(flat) for flat in flats]
@@ -253,6 +253,10 @@ def _cut(names: list[str], parameters: Mapping[str, torch.Tensor], room: int) ->
     return lists
 
 
+def _lengths(pieces: list[list[str]], tensors: Mapping[str, torch.Tensor]) -> list[int]:
+    return [sum(tensors[name].numel() for name in names) for names in pieces]
+
+
 def _take_out(names: list[str], waiting: Waiting) -> None:
     for name in names:
         del waiting[name]
@@ -271,7 +275,7 @@ def _fits(score: torch.Tensor | None, parameter: torch.nn.Parameter) -> bool:
 
 def _laid_out(pieces: list[list[str]], kinds: Sequence[Scores]) -> list[torch.Tensor]:
     """Return the scores of these in new memory, flat, kind by kind. ``ipt``, which is made anew, has any values."""
-    like, lengths = kinds[1][pieces[0][0]], [sum(kinds[1][name].numel() for name in names) for names in pieces]
+    like, lengths = kinds[1][pieces[0][0]], _lengths(pieces, kinds[1])
     # Not torch.empty, which fills what it gives where algorithms are to be deterministic.
     size = sum(lengths) * like.element_size()
     memory = [torch.UntypedStorage(size, device=like.device) for _ in range(3)]  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from .flat import Plan, advanced, is_possible
 from .known import is_known
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from peft.tuners.adalora import RankAllocator
 
@@ -96,11 +97,9 @@ def _kinds(allocator: RankAllocator) -> list[Scores]:
 
 
 def _groups(allocator: RankAllocator, parameters: list[AdaLoraParameter], trust: Trust) -> dict[Group, Waiting]:
-    try:
+    with _or_by_peft(trust):
         return _sorted(allocator, parameters)
-    except Exception as error:
-        trust.objection = CANNOT.format(error)
-        return {}
+    return {}
 
 
 def _sorted(allocator: RankAllocator, parameters: list[AdaLoraParameter]) -> dict[Group, Waiting]:
@@ -133,19 +132,15 @@ def _made(allocator: RankAllocator, trust: Trust, group: Group, parameters: Wait
     """Make the scores of a group, and return whose are made. What goes wrong here is left to PEFT, from now on."""
     *where, beta1, beta2 = group
     waiting = dict(parameters)
-    try:
+    with _or_by_peft(trust):
         plan = trust.plans.setdefault(tuple(where), Plan())
         plan.advance(_kinds(allocator), waiting, (beta1, beta2))
-    except Exception as error:
-        if is_of_a_signal(error):
-            raise
-        trust.objection = CANNOT.format(error)
     return parameters.keys() - waiting.keys()
 
 
 def _compare(before: list[Scores], after: list[Scores], groups: dict[Group, Waiting], trust: Trust) -> str | None:
     """Count for each group whether PEFT has made of the old scores what is made of them here, or say what differs."""
-    try:
+    with _or_by_peft(trust):
         for group, parameters in groups.items():
             telling = False
             for name, *new in advanced(parameters, before, group[2:]):
@@ -155,9 +150,18 @@ def _compare(before: list[Scores], after: list[Scores], groups: dict[Group, Wait
                 # Zeros are the same under any arithmetic.
                 telling = telling or all(bool(kind.any()) for kind in (pefts[0], before[1][name], before[2][name]))
             trust.agreed[group] += telling
-    except Exception as error:
-        return CANNOT.format(error)
     return trust.objection
+
+
+@contextmanager
+def _or_by_peft(trust: Trust) -> Iterator[None]:
+    """Leave scoring to PEFT from now on, where this fails."""
+    try:
+        yield
+    except Exception as error:
+        if is_of_a_signal(error):
+            raise
+        trust.objection = CANNOT.format(error)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -49,18 +49,19 @@ def look_after_scoring(call: AllocatorCall) -> None:
             watch_for_cleared_gradients(call, gradients)
 
 
-def look_after_masking(call: AllocatorCall, budget: int, pattern: RankPattern | None) -> None:
+def look_after_masking(call: AllocatorCall, result: tuple[int, RankPattern | None]) -> None:
     """When ``update_and_allocate`` is done, whether or not it has masked."""
     config = call.allocator.peft_config
     with harmless("look at what a step has left"):
+        budget, pattern = result
         call.memory.seen.final_step = config.total_step - config.tfinal
         warn_of_ranks(call, budget, pattern)
         watch_the_order(call, pattern)
 
 
-def look_in_final_phase(call: AllocatorCall, pattern: RankPattern | None) -> None:
-    """When ``mask_using_rank_pattern`` is called."""
+def look_in_final_phase(call: AllocatorCall, pattern: RankPattern | None, masked: RankPattern) -> None:
+    """When ``mask_using_rank_pattern`` is called. ``masked``: what of the pattern the model has."""
     with harmless("look at the final phase"):
         warn_in_final_phase(call, pattern)
-        warn_of_lost_names(call, pattern)
+        warn_of_lost_names(call, pattern, masked)
         watch_the_order(call, pattern)

@@ -16,6 +16,7 @@ from ..errors import PLACE
 from ..late.optimizers import StepListener, listen, listen_no_more
 from ..late.order import Order
 from ..log import harmless
+from ..model.gradients import is_captured
 from ..model.marks import deepspeed_holds_gradient
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _is_plain(parameter: torch.nn.Parameter) -> bool:
         and not deepspeed_holds_gradient(parameter)
         and type(parameter.detach()) is torch.Tensor
         and not parameter.is_meta
-        and not (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
+        and not is_captured(parameter)
     )
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..model.parameters import NON_FINITE
-from ..model.pattern import pattern_by_full_name
 from ..wrapper import is_own
 from .ended import Ending, judge_at_the_end, not_judged
 
@@ -43,17 +42,16 @@ def warn_of_ranks(call: AllocatorCall, budget: int, pattern: RankPattern | None)
             seen.troubles.pop("no rank left", None)
 
 
-def warn_of_lost_names(call: AllocatorCall, pattern: RankPattern | None) -> None:
+def warn_of_lost_names(call: AllocatorCall, pattern: RankPattern | None, masked: RankPattern) -> None:
     """Warn in the final phase where the pattern names what the model has not: PEFT alone would fail there."""
-    parameters, adapter = call.parameters, call.memory.adapter
     entries = [name for name, keep in (pattern or {}).items() if not isinstance(keep, int)]
-    lost = len(entries) - len(dict(pattern_by_full_name(parameters, pattern or {}, adapter)))
+    lost = len(entries) - len(masked)
     if lost > 0:
-        there = next((p.name for p in parameters if p.factor == "E"), "nothing")
+        there = next((p.name for p in call.parameters if p.factor == "E"), "nothing")
         words = (
-            f"AdaLoRA's pruned ranks come back (adapter {adapter!r}): of the {len(entries)} modules in its rank "
-            f"pattern, {lost} are not in the model. The pattern has {entries[0]!r}, the model {there!r}. Names change "
-            "where a module is wrapped, as by torch.compile(module): wrap it before the training, or use "
+            f"AdaLoRA's pruned ranks come back (adapter {call.memory.adapter!r}): of the {len(entries)} modules in "
+            f"its rank pattern, {lost} are not in the model. The pattern has {entries[0]!r}, the model {there!r}. "
+            "Names change where a module is wrapped, as by torch.compile(module): wrap it before the training, or use "
             "module.compile()."
         )
         _found(call, "names lost", words)

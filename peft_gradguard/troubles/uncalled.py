@@ -14,6 +14,7 @@ import torch
 
 from ..errors import PLACE
 from ..log import harmless
+from ..model.gradients import is_captured
 from ..model.pattern import pattern_by_full_name
 from .ended import Ending, anything_has_ended, judge_at_the_end, living, say_what_has_ended
 from .whose import PATTERN, anothers_pattern, without_allocator
@@ -98,7 +99,7 @@ class Watch(Ending):
         now = energy.detach()
         if torch.is_inference_mode_enabled() or type(now) is not torch.Tensor or now.is_meta:
             return False
-        if now.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_captured(now):
             return False
         if self._first is None:
             self._first = now.clone()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
-import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
 import torch
+from fresh import python
 from peft.tuners.adalora import RankAllocator
 from scenarios import FINALISING, branches, build, loss_of, vectors
 from steps import advance, backward, new_model
@@ -145,14 +143,13 @@ class FailsAsPeft(RankAllocator):
         super().update_ipt(model)
 
 
-def train_in_stages(mended: str, frozen: bool) -> Any:
+def train_in_stages(mended: str, frozen: bool, guarded: bool) -> Any:
     """The head first, then the adapter; the allocator is called at every step."""
     if mended == "class":
-        RankAllocator.update_ipt = passes_over  # before the guard, where there is one
-    if GUARDED in os.environ:
-        import peft_gradguard
-
-        assert peft_gradguard.is_enabled()
+        RankAllocator.update_ipt = passes_over
+    if guarded:
+        peft_gradguard.enable()
+    assert peft_gradguard.is_enabled() is guarded
     model = new_model(Mended if mended == "subclass" else None)
     if mended == "instance":
         allocator = model.base_model.rankallocator
@@ -168,27 +165,17 @@ def train_in_stages(mended: str, frozen: bool) -> Any:
     return model.peft_config["default"].rank_pattern
 
 
-GUARDED = "TRAIN_GUARDED"
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("mended", ["class", "instance", "subclass"])
-def test_mended_method_trains_in_stages(mended: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = f"""
-        import os, sys
-        sys.path[:0] = {[os.path.dirname(__file__), *filter(None, sys.path)]!r}
-        from test_allocators_of_others import train_in_stages
-        print(train_in_stages({mended!r}, {frozen!r}))
-    """
-    found = []
-    for switch in ("0", "1"):
-        environ = {**os.environ, "PEFT_GRADGUARD": switch, **({GUARDED: "1"} if switch == "1" else {})}
-        command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environ)
-        assert done.returncode == 0, done.stderr
-        found.append(done.stdout)
-    assert "True" in found[0]
-    assert found[0] == found[1]
+def test_mended_method_trains_in_stages(mended: str, frozen: bool) -> None:
+    program = "from test_allocators_of_others import *; print(json.dumps(train_in_stages({!r}, {!r}, {!r})))"
+    plain, guarded = (
+        # The guard is off until the class is mended.
+        python(program.format(mended, frozen, on), path=Path(__file__).parent, PEFT_GRADGUARD="0")[0]
+        for on in (False, True)
+    )
+    assert not all(map(all, plain.values()))
+    assert guarded == plain
 
 
 def test_subclass_that_asks_pefts_method_fails_as_that_would() -> None:

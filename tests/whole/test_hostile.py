@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 import wrapt
-from fresh import python_path
+from fresh import python_path, run
 from peft.tuners.adalora import RankAllocator
 from scenarios import (
     FINALISING,
@@ -531,7 +531,4 @@ print(len(peft_gradguard.report(make()).adapters))
 @pytest.mark.parametrize("name", ["update_and_allocate", "mask_to_budget"])
 def test_wrappers_beneath_the_guard_that_return_nothing(name: str) -> None:
     program = RETURNS_NOTHING.replace("NAME", repr(name))
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": python_path()}
-    )
-    assert done.stdout == "1\n", done.stderr
+    assert run([sys.executable, "-c", program]).stdout == "1\n"
