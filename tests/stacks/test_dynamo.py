@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from needs import dynamo
 from situations import TOTAL, loss_of, make, optimizer_of
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def train_compiled(whole: bool) -> Any:
     return weights, model.peft_config["default"].rank_pattern
 
 
-@pytest.mark.skipif(not hasattr(torch, "compile"), reason="this torch compiles nothing")
+@dynamo
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_steps_train_as_in_plain_peft(whole: bool, plain: Callable[..., Any]) -> None:
     found = train_compiled(whole)

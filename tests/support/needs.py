@@ -7,6 +7,8 @@ import torch
 import transformers
 
 HAS_OPTIMIZER_STEP = hasattr(transformers.TrainerCallback, "on_optimizer_step")
+SCORES_TOGETHER = hasattr(torch.Tensor, "_use_count")
+"""Torch 2.0 does not tell who holds a tensor: there PEFT's own code scores."""
 NO_OPTIMIZER_STEP = "this transformers has no event on_optimizer_step (before 4.44)"
 
 optimizer_step_event = pytest.mark.skipif(not HAS_OPTIMIZER_STEP, reason=NO_OPTIMIZER_STEP)
@@ -16,6 +18,9 @@ grad_scaler = pytest.mark.skipif(
 hook_after_accumulation = pytest.mark.skipif(
     not hasattr(torch.Tensor, "register_post_accumulate_grad_hook"),
     reason="torch before 2.1 has no hook after a gradient is accumulated",
+)
+dynamo = pytest.mark.skipif(
+    not hasattr(torch, "compiler"), reason="torch before 2.1 compiles nothing with every Python that it has"
 )
 
 
