@@ -1,9 +1,19 @@
-"""The errors that the guard raises."""
+"""The errors that the guard raises, and words that messages share."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 PLACE = "after the optimizer's step and before zero_grad; in a Trainer, from on_optimizer_step"
 """Where a training loop calls ``update_and_allocate``, for every message that says so."""
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Name one or two, and say how many more there are."""
+    return " and ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} more"
 
 
 class NoGradientError(RuntimeError, TypeError):

@@ -17,7 +17,7 @@ import torch
 
 from ..log import harmless, said_level, say
 from ..memory.memory import known_memory
-from ..model.parameters import whole_triplets
+from ..model.parameters import energies, whole_triplets
 from ..model.pattern import pattern_by_full_name
 from ..model.walk import adalora_parameters
 from ..rules.call import memory_for
@@ -42,11 +42,10 @@ def resize_modules_by_rank_pattern(
     peft: Callable[..., None], tuner: AdaLoraModel, /, rank_pattern: RankPattern, adapter_name: str
 ) -> None:
     """Leave an adapter that lives whole where PEFT would cut it only to load tensors that are cut."""
-    stays_whole = False
     with harmless("see whether an AdaLoRA adapter stays whole"):
-        stays_whole = _stays_whole(tuner, rank_pattern, adapter_name)
-    if not stays_whole:
-        peft()
+        if _stays_whole(tuner, rank_pattern, adapter_name):
+            return
+    peft()
 
 
 def _load_from_state_dict(
@@ -76,13 +75,11 @@ def resize_state_dict_by_rank_pattern(
     memory = known_memory(allocator) if allocator is not None else None
     if memory is None:
         return peft()
-    outdated = False
     with harmless("see whether a rank_pattern is outdated"):
-        outdated = memory.loaded and _cuts_what_is_used(tuner, rank_pattern, state_dict, adapter_name)
-    if outdated:
-        config: Any = tuner.peft_config[adapter_name]
-        config.rank_pattern = None
-        return state_dict
+        if memory.loaded and _cuts_what_is_used(tuner, rank_pattern, state_dict, adapter_name):
+            config: Any = tuner.peft_config[adapter_name]
+            config.rank_pattern = None
+            return state_dict
     with harmless("remember a rank_pattern"):
         if rank_pattern not in memory.cut:
             memory.cut.append(rank_pattern)
@@ -103,10 +100,10 @@ def _stays_whole(tuner: AdaLoraModel, rank_pattern: RankPattern, adapter: str) -
     # A user's own call wants it cut. And tensors of other sizes, if they are to be ignored, are taken away before ours.
     if asked is None or asked.get("ignore_mismatched_sizes"):
         return False
-    energies = [p for p in adalora_parameters(tuner.model, adapter) if p.factor == "E"]
-    named = dict(pattern_by_full_name(energies, rank_pattern, adapter))
+    ranked = energies(adalora_parameters(tuner.model, adapter))
+    named = dict(pattern_by_full_name(ranked, rank_pattern, adapter))
     # Where PEFT has cut it before, without the guard, there is nothing to put ranks into.
-    return all(len(named[p.name]) == len(p.parameter) for p in energies if p.name in named)
+    return all(len(named[p.name]) == len(p.parameter) for p in ranked if p.name in named)
 
 
 def _put_back(tuner: AdaLoraModel, allocator: RankAllocator, state: dict[str, Any], prefix: str) -> None:

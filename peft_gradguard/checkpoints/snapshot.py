@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..errors import some_of
 from ..late.order import Order
 from ..memory.counts import Count
 from ..memory.memory import known_memory
 from ..model.marks import is_dtensor, whole_shape
-from ..model.parameters import whole_triplets
+from ..model.parameters import energies, whole_triplets
 from ..model.pattern import budget_name, pattern_by_full_name
 from ..model.walk import adalora_parameters
 from ..rules.call import memory_for
@@ -98,9 +99,9 @@ class _Allocator:
                 state[f"{kind}.{parameter.name}"] = missing if score is None else _copy(score)
             if _is_whole(parameter):
                 state[f"weight.{parameter.name}"] = _copy(parameter.parameter)
-            if parameter.factor == "E":
-                keep = pattern.get(parameter.name, [True] * shape[0])
-                state[f"kept.{parameter.name}"] = torch.tensor(keep, dtype=torch.bool)
+        for energy in energies(self.parameters):
+            keep = pattern.get(energy.name, [True] * whole_shape(energy.parameter)[0])
+            state[f"kept.{energy.name}"] = torch.tensor(keep, dtype=torch.bool)
         return state
 
     def refuse_others(self, state: State) -> None:
@@ -189,10 +190,10 @@ class _Allocator:
         return _Counts(step, counts.skipped, order, counts.of_each(), behind, counts.importance)
 
     def _pattern(self) -> dict[str, list[bool]]:
-        energies = [p for p in self.parameters if p.factor == "E"]
-        named = dict(pattern_by_full_name(energies, self.config.rank_pattern or {}, self.adapter))
+        those = energies(self.parameters)
+        named = dict(pattern_by_full_name(those, self.config.rank_pattern or {}, self.adapter))
         # One that came with the configuration of another training may have other lengths.
-        return {p.name: named[p.name] for p in energies if len(named.get(p.name, ())) == whole_shape(p.parameter)[0]}
+        return {p.name: named[p.name] for p in those if len(named.get(p.name, ())) == whole_shape(p.parameter)[0]}
 
     def _names_of_pattern(self) -> int:
         if self.config.rank_pattern is None:
@@ -234,10 +235,10 @@ def _refuse_other_formats(state: Mapping[str, torch.Tensor]) -> None:
 
 
 def _refuse_other_models(here: State, there: Mapping[str, torch.Tensor]) -> None:
-    missing, extra = [k for k in here if k not in there], [k for k in there if k not in here]
+    missing, extra = [repr(k) for k in here if k not in there], [repr(k) for k in there if k not in here]
     if missing or extra:
         only = [
-            f"{side} has {_some(names)}"
+            f"{side} has {some_of(names)}"
             for side, names in (("only this model", missing), ("only the state", extra))
             if names
         ]
@@ -253,11 +254,6 @@ def _refuse_other_models(here: State, there: Mapping[str, torch.Tensor]) -> None
             raise ValueError(
                 f"This is the state of another model: {name!r} is {other.dtype} in it, and {tensor.dtype} here."
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    few = ", ".join(map(repr, names[:2]))
-    return few if len(names) <= 2 else f"{few} and {len(names) - 2} more"
 
 
 def _part(state: Mapping[str, torch.Tensor], prefix: str) -> State:

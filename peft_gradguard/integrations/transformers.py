@@ -13,6 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 from ..log import said_level, say
 from ..memory.memory import known_memory
 from ..model.gradients import skip_reason
+from ..model.schedule import final_step
 from ..model.tuners import tuners_that_train
 from ..model.walk import adalora_parameters
 from ..report.audit import build
@@ -181,7 +182,7 @@ class _Share:
             return
         allocator: Any = tuner.rankallocator
         config, (calls, scorings) = allocator.peft_config, _calls_and_scorings(allocator)
-        finalising = config.total_step - config.tfinal
+        finalising = final_step(config)
         if scorings > self._scorings:
             self._leave_to_others(step)
         elif step < finalising or calls == self._calls:
@@ -231,7 +232,7 @@ def _settle_total_step(allocator: RankAllocator, steps: int) -> None:
         return
     _require_room(config, config.total_step)
     if config.total_step != steps:
-        settled = config.total_step - config.tfinal
+        settled = final_step(config)
         say(
             said_level(),
             "total_step of AdaLoRA's adapter %r is %d, but this run has %d optimizer steps: %s. To have it set for "
@@ -261,7 +262,7 @@ def _warn_of_other_ranks(allocator: RankAllocator) -> None:
         "peft_gradguard is off, and load_best_model_at_end is set: this run fails at its end (size mismatch) if the "
         "best checkpoint has other ranks than the model has then. Only those from step %d on (total_step - tfinal) are "
         "sure to have the same. Switch the guard on (peft_gradguard.enable()), or leave the setting out.",
-        config.total_step - config.tfinal,
+        final_step(config),
     )
 
 

@@ -75,8 +75,6 @@ class LateCalls:
 
     def _turn(self, found: Found, *, never_scored: bool) -> Verdict:
         kept = self._kept
-        if not kept.listens:
-            return verdict(self.order, found, stepped=False, hopeless=False)
         left_out = kept.step_was_left_out()
         if found is Found.ZEROS and kept.zeros_come_from_the_loss():
             never_scored, left_out = False, False

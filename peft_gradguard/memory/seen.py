@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..model.parameters import NO_GRADIENT
+from ..model.parameters import NO_GRADIENT, energies
 from ..model.pattern import is_uncut
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Seen:
             for parameter in parameters
             if has_gradient(parameter.name, reasons, gradients.zeros)
         }
-        waiting = any(p.factor == "E" and reasons[p.name] in (NO_GRADIENT, None) for p in parameters)
+        waiting = any(reasons[p.name] in (NO_GRADIENT, None) for p in energies(parameters))
         if True in reached:
             self.unreached = 0
         elif reached and waiting and (step is None or step != self._step):

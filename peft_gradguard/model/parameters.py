@@ -58,6 +58,11 @@ class Triplet(NamedTuple):
         return [part for part in (self.A, self.B, self.E) if part is not None]
 
 
+def energies(parameters: Iterable[AdaLoraParameter]) -> list[AdaLoraParameter]:
+    """Return the E among them, whose rows are the ranks."""
+    return [parameter for parameter in parameters if parameter.factor == "E"]
+
+
 def triplets(parameters: Iterable[AdaLoraParameter]) -> list[Triplet]:
     """Group parameters into triplets, in the order in which the model first names each module."""
     modules: dict[str, dict[Factor, AdaLoraParameter]] = {}

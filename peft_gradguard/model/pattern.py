@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .parameters import energies
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -22,7 +24,7 @@ def budget_name(triplet: Triplet) -> str:
 
 def is_uncut(parameters: Sequence[AdaLoraParameter], rank_pattern: RankPattern, adapter: str) -> bool:
     """Say whether an E has all the rows that the pattern takes some of: to load an adapter, PEFT cuts them off."""
-    rows = {p.name: p.parameter.shape[0] for p in parameters if p.factor == "E" and p.parameter.dim() == 2}
+    rows = {p.name: p.parameter.shape[0] for p in energies(parameters) if p.parameter.dim() == 2}
     named = pattern_by_full_name(parameters, rank_pattern, adapter)
     return any(rows.get(name) == len(keep) and not all(keep) for name, keep in named)
 
@@ -35,9 +37,9 @@ def pattern_by_full_name(
     ``save_pretrained`` cuts the adapter's name out of the names in the pattern. PEFT tells the two forms apart by
     looking for the adapter's name anywhere in the first one, which goes wrong where a module is named like the adapter.
     """
-    for parameter in parameters:
-        for key in (parameter.name, parameter.name.replace(f".{adapter}", "")):
+    for energy in energies(parameters):
+        for key in (energy.name, energy.name.replace(f".{adapter}", "")):
             # A number is LoRA's way to give ranks, which AdaLoRA does not read.
-            if parameter.factor == "E" and not isinstance(rank_pattern.get(key, 0), int):
-                yield parameter.name, rank_pattern[key]
+            if not isinstance(rank_pattern.get(key, 0), int):
+                yield energy.name, rank_pattern[key]
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..errors import some_of
 from ..model.parameters import whole_triplets
 from ..troubles.overlap import advice_on_overlap
 from ..troubles.pruned import advice_on_pruned_adapter
@@ -88,9 +89,9 @@ def _names(adapter: str, adapters: tuple[str, ...], modules: list[str]) -> Itera
     longer = [other for other in adapters if other != adapter and adapter in other]
     if longer:
         yield (
-            f"The name of adapter {_some(list(map(repr, longer)))} contains {adapter!r}: PEFT takes the parameters of "
-            "the one for those of the other, in its regulariser and when it saves. Choose names of which none contains "
-            "another."
+            f"The name of adapter {some_of(list(map(repr, longer)))} contains {adapter!r}: PEFT takes the parameters "
+            "of the one for those of the other, in its regulariser and when it saves. Choose names of which none "
+            "contains another."
         )
     alike = [module for module in modules if adapter in module]
     if modules and any(f"lora_{factor}" in adapter for factor in "ABE"):
@@ -131,18 +132,18 @@ def _partly_frozen(parameters: list[AdaLoraParameter]) -> Iterator[str]:
     pinned = [module for factors in ("A", "B", "AB") for module in by_factors.get(factors, [])]
     if pinned:
         yield (
-            f"lora_E of {_some(pinned)} is frozen while lora_A or lora_B trains: the module is never ranked, and keeps "
-            "its full rank. Freeze the whole triplet, or none of it."
+            f"lora_E of {some_of(pinned)} is frozen while lora_A or lora_B trains: the module is never ranked, and "
+            "keeps its full rank. Freeze the whole triplet, or none of it."
         )
     if "E" in by_factors:
         yield (
-            f"Only lora_E of {_some(by_factors['E'])} trains: the module is never ranked, and keeps its full rank. Let "
-            "lora_A or lora_B train too, or freeze the whole triplet."
+            f"Only lora_E of {some_of(by_factors['E'])} trains: the module is never ranked, and keeps its full rank. "
+            "Let lora_A or lora_B train too, or freeze the whole triplet."
         )
     half = by_factors.get("AE", []) + by_factors.get("BE", [])
     if half:
         yield (
-            f"One of lora_A and lora_B of {_some(half)} is frozen: the other one and lora_E alone decide which ranks "
+            f"One of lora_A and lora_B of {some_of(half)} is frozen: the other one and lora_E alone decide which ranks "
             "are pruned. Freeze the whole triplet or none of it, unless that is meant."
         )
 
@@ -150,10 +151,3 @@ def _partly_frozen(parameters: list[AdaLoraParameter]) -> Iterator[str]:
 def _trains(triplet: Triplet) -> str:
     """Return the factors that train, such as ``"AE"``."""
     return "".join(part.factor for part in triplet.parts if part.parameter.requires_grad)
-
-
-def _some(names: list[str]) -> str:
-    """Name one or two, and say how many more there are."""
-    if len(names) <= 2:
-        return " and ".join(names)
-    return f"{names[0]} and {len(names) - 1} more"

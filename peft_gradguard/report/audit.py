@@ -18,10 +18,12 @@ from ..model.parameters import (
     INSIDE_MODULES_TO_SAVE,
     NO_GRADIENT,
     WARMING_UP,
+    energies,
     modules_inside_modules_to_save,
     ranked_triplets,
 )
 from ..model.pattern import pattern_by_full_name
+from ..model.schedule import final_step
 from ..model.tuners import tuners_in
 from ..model.walk import adalora_parameters
 from ..rules.importance import importance
@@ -85,7 +87,7 @@ def _look(tuner: AdaLoraModel, adapter: str) -> Look:
         "rankallocator" not in vars(tuner),
         [name for name in adapters_that_train(tuner.model) if _is_for_training(tuner, name)],
         seen,
-        counts.warming_up((p.name for p in parameters if p.factor == "E"), config.tinit or 0),
+        counts.warming_up((p.name for p in energies(parameters)), config.tinit or 0),
     )
 
 
@@ -124,15 +126,14 @@ def _adapter(tuner: AdaLoraModel, adapter: str) -> AdapterReport:
 
 
 def _final_step(look: Look) -> int | None:
-    total: int | None = look.config.total_step
-    return None if look.allocator is None or total is None else total - look.config.tfinal
+    return None if look.allocator is None or look.config.total_step is None else final_step(look.config)
 
 
 def _final(look: Look) -> bool | None:
-    step, final_step = look.counts.step, _final_step(look)
-    if step is None or final_step is None or look.allocator is None:
+    step, final = look.counts.step, _final_step(look)
+    if step is None or final is None or look.allocator is None:
         return None
-    if step >= final_step:
+    if step >= final:
         # The best checkpoint may be one of an earlier step (load_best_model_at_end).
         return None if look.other_ranks else True
     # PEFT forgets the scores when it settles the ranks, and the guard may have been off then; or they were never kept.
@@ -197,9 +198,8 @@ def _ranks(look: Look, module: str, parts: list[AdaLoraParameter]) -> tuple[int,
     for part in parts:
         if part.name in look.pattern:
             return len(look.pattern[part.name]), sum(look.pattern[part.name])
-    energies = [part.parameter for part in parts if part.factor == "E"]
-    started = look.layer_ranks.get(module, 0)
-    for energy in energies:
+        started = look.layer_ranks.get(module, 0)
+    for energy in (part.parameter for part in energies(parts)):
         if whole_shape(energy):
             started = whole_shape(energy)[0]
         # A shard (FSDP2), a piece (ZeRO 3, FSDP1) or a stand-in without values does not tell.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..memory.memory import memory_of
 from ..model.exclusions import mark_excluded
+from ..model.schedule import final_step
 from ..model.view import ModelView
 from ..model.walk import adalora_parameters
 from ..stacks.stack import whole
@@ -52,7 +53,7 @@ class AllocatorCall:
         self.memory: Memory = memory_of(allocator)
         self.step = plain_step(step)
         """The step; None for a method that was called by itself."""
-        self.scoring_is_due = step is not None and bool(step < config.total_step - config.tfinal)
+        self.scoring_is_due = step is not None and bool(step < final_step(config))
         """Whether ``RankAllocator.update_and_allocate`` scores at this step: before the finalising one."""
         self.is_pefts_alone = all(is_undisturbed(allocator, name) for name in METHODS)
         """Whether nobody else's code takes part in the call: no subclass, no other wrapper."""

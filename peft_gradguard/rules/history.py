@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..memory.counts import HistoryPoint, history_is_kept
+from ..model.parameters import energies
 from ..model.pattern import pattern_by_full_name
 from .importance import importance
 
@@ -34,7 +35,6 @@ def _total_rank(call: AllocatorCall, pattern: RankPattern | None) -> int:
     in_force = pattern or call.memory.seen.own_pattern(config.rank_pattern, adapter, call.parameters)
     known = dict(pattern_by_full_name(call.parameters, in_force, adapter))
     return sum(
-        sum(known[parameter.name]) if parameter.name in known else parameter.parameter.size(0)
-        for parameter in call.parameters
-        if parameter.factor == "E"
+        sum(known[energy.name]) if energy.name in known else energy.parameter.size(0)
+        for energy in energies(call.parameters)
     )

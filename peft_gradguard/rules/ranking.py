@@ -8,6 +8,7 @@ from ..log import harmless
 from ..model.parameters import (
     INSIDE_MODULES_TO_SAVE,
     WARMING_UP,
+    energies,
     modules_inside_modules_to_save,
     ranked_triplets,
     takes_part,
@@ -30,10 +31,10 @@ def rank(call: AllocatorCall) -> list[Triplet]:
     if ranks_in_its_own_way(call):
         call.view.show_the_model()
         return []
-    energies = (parameter.name for parameter in call.parameters if parameter.factor == "E")
+    names = (energy.name for energy in energies(call.parameters))
     warming_up: set[str] = set()
     with harmless("see who came late"):
-        warming_up = call.memory.counts.warming_up(energies, call.allocator.peft_config.tinit or 0)
+        warming_up = call.memory.counts.warming_up(names, call.allocator.peft_config.tinit or 0)
     ranked = ranked_triplets(call.parameters, scored, warming_up)
     with harmless("say what is left out"):
         _say_what_is_left_out(call, scored, warming_up)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from ..errors import some_of
 from ..late.optimizers import StepListener, listen, listen_no_more
 from ..model.gradients import magnitudes
 from ..model.parameters import NO_GRADIENT
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
     from ..rules.call import AllocatorCall
 
 TOPIC = "cleared"
-STEPS = 5
-"""So many steps of an optimizer without a gradient tell that these parameters rest."""
 CALLS = 50
+"""After so many calls it is taken for granted that these parameters rest."""
 TWICE = 2
 
 
@@ -29,7 +29,6 @@ class _Steps(StepListener):
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         super().__init__()
         self.calls = 0
-        self.steps = 0
         self.used: set[int] = set()
         """The ids of parameters that had a gradient in a step since the last call."""
         self.unseen: Counter[str] = Counter()
@@ -38,7 +37,6 @@ class _Steps(StepListener):
 
     def before_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """See which gradients the step has; a closure makes others."""
-        self.steps += 1
         if not has_closure:
             self._look(held)
 
@@ -72,7 +70,7 @@ def watch_for_cleared_gradients(call: AllocatorCall, gradients: StepGradients) -
     found = [name for name, times in steps.unseen.items() if times >= TWICE]
     if found:
         _say(call, found)
-    if found or not waiting or (steps.steps >= STEPS and not steps.unseen) or steps.calls >= CALLS:
+    if found or not waiting or steps.calls >= CALLS:
         seen.listeners[TOPIC] = None
         listen_no_more(steps)
 
@@ -89,10 +87,10 @@ def _was_never_seen(call: AllocatorCall, parameter: AdaLoraParameter, gradients:
 
 
 def _say(call: AllocatorCall, names: list[str]) -> None:
-    are = f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+    are = "is" if len(names) == 1 else "are"
     words = call.memory.seen.troubles[TOPIC] = (
-        f"AdaLoRA never sees gradients that an optimizer uses {call.at}: those of {are} gone before each call, so "
-        "their modules are not ranked by what they learn. With several optimizers, call update_and_allocate after the "
-        "last one's step, and before the first zero_grad."
+        f"AdaLoRA never sees gradients that an optimizer uses {call.at}: those of {some_of(names)} {are} gone before "
+        "each call, so their modules are not ranked by what they learn. With several optimizers, call "
+        "update_and_allocate after the last one's step, and before the first zero_grad."
     )
     call.memory.said.warn_once(TOPIC, "%s", words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..log import harmless
+from ..model.schedule import final_step
 from .cleared import watch_for_cleared_gradients
 from .order import watch_the_order
 from .outcome import judge_the_end_of, note_that_a_copy_goes_on, warn_in_final_phase, warn_of_lost_names, warn_of_ranks
@@ -54,7 +55,7 @@ def look_after_masking(call: AllocatorCall, result: tuple[int, RankPattern | Non
     config = call.allocator.peft_config
     with harmless("look at what a step has left"):
         budget, pattern = result
-        call.memory.seen.final_step = config.total_step - config.tfinal
+        call.memory.seen.final_step = final_step(config)
         warn_of_ranks(call, budget, pattern)
         watch_the_order(call, pattern)
 

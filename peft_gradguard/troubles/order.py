@@ -18,6 +18,7 @@ from ..late.order import Order
 from ..log import harmless
 from ..model.gradients import is_captured
 from ..model.marks import deepspeed_holds_gradient
+from ..model.parameters import energies
 
 if TYPE_CHECKING:
     from ..model.pattern import RankPattern
@@ -48,6 +49,12 @@ class _Steps(StepListener):
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
+        self._hooked: int | None = None
+        """The id of the E whose backwards are seen."""
+
+    def begin(self, energy: torch.nn.Parameter) -> None:
+        """From this call on, follow what happens to this E."""
+        self.calls += 1
         self.uses_what_was_seen = False
         """Whether a step since the last call has used the gradient which that call has seen."""
         self.is_doubtful = False
@@ -56,21 +63,12 @@ class _Steps(StepListener):
         """The gradient as the last step has left it."""
         self.backward_came = False
         """Whether a backward has reached E since the last call, where that is seen."""
-        self._hooked: int | None = None
-        """The id of the E whose backwards are seen."""
-        self._seen: _Gradient | None = None
+        self._seen = _gradient_of(energy)
+        self._values = energy.detach().clone()
         self._began_with: _Gradient | None = None
         """The gradient with which the step under way began."""
-        self._values: torch.Tensor | None = None
         self._is_inside = True
-
-    def begin(self, energy: torch.nn.Parameter) -> None:
-        """From this call on, follow what happens to this E."""
-        self.calls += 1
-        self.uses_what_was_seen, self._is_inside = False, True
-        self.is_doubtful = self.backward_came = False
-        self.left, self._began_with, self._seen = None, None, _gradient_of(energy)
-        self._values = energy.detach().clone()
+        """Whether the call came from inside of the step under way."""
         self.watch([energy])
 
     def see_backwards(self, parameter: torch.nn.Parameter) -> None:
@@ -99,7 +97,7 @@ class _Steps(StepListener):
         if has_closure and self._began_with is not None and self._began_with.is_as_it_was(energy.grad):
             # The closure has made no other: Lightning gives every step one, be it to do nothing.
             self._look(energy)
-        if self._is_inside and self._values is not None:
+        if self._is_inside:
             self.uses_what_was_seen |= not torch.equal(self._values, energy.detach())
         self._is_inside = False
         self.left = _gradient_of(energy)
@@ -125,11 +123,11 @@ def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
     if steps is None and (not pattern or all(map(all, pattern.values()))):
         # Nothing is pruned yet.
         return
-    energies = [p for p in call.parameters if p.factor == "E" and p.shard is None and _is_plain(p.parameter)]
-    if not energies or call.memory.late.order is not Order.IN_TIME:
+    candidates = [p for p in energies(call.parameters) if p.shard is None and _is_plain(p.parameter)]
+    if not candidates or call.memory.late.order is not Order.IN_TIME:
         _close(call, steps)
         return
-    energy = energies[0].parameter
+    energy = candidates[0].parameter
     if not isinstance(steps, _Steps):
         steps = _Steps()
         seen.listeners[TOPIC] = steps

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..model.parameters import NON_FINITE
+from ..model.parameters import NON_FINITE, energies
+from ..model.schedule import final_step
 from ..wrapper import is_own
 from .ended import Ending, judge_at_the_end, not_judged
 
@@ -47,7 +48,7 @@ def warn_of_lost_names(call: AllocatorCall, pattern: RankPattern | None, masked:
     entries = [name for name, keep in (pattern or {}).items() if not isinstance(keep, int)]
     lost = len(entries) - len(masked)
     if lost > 0:
-        there = next((p.name for p in call.parameters if p.factor == "E"), "nothing")
+        there = next((p.name for p in energies(call.parameters)), "nothing")
         words = (
             f"AdaLoRA's pruned ranks come back (adapter {call.memory.adapter!r}): of the {len(entries)} modules in "
             f"its rank pattern, {lost} are not in the model. The pattern has {entries[0]!r}, the model {there!r}. "
@@ -60,7 +61,7 @@ def warn_of_lost_names(call: AllocatorCall, pattern: RankPattern | None, masked:
 def warn_in_final_phase(call: AllocatorCall, pattern: RankPattern | None) -> None:
     """Warn where the final phase begins without its first step, at which PEFT settles the ranks."""
     memory, config = call.memory, call.allocator.peft_config
-    seen, final = memory.seen, config.total_step - config.tfinal
+    seen, final = memory.seen, final_step(config)
     if seen.settled:
         return
     seen.settled = True
@@ -145,10 +146,10 @@ def _nothing_ranked(call: AllocatorCall, pattern: RankPattern | None) -> str | N
         # That was said, or asked for.
         return None
     scored = {name for name, count in memory.counts.of_each().items() if count.scored}
-    energies = [p.name for p in trainable if p.factor == "E" and not p.excluded]
-    if scored and not energies:
+    ranking = [p.name for p in energies(trainable) if not p.excluded]
+    if scored and not ranking:
         why = "No lora_E is trainable."
-    elif scored and not scored.intersection(energies):
+    elif scored and not scored.intersection(ranking):
         why = "No lora_E ever had a gradient."
     elif scored:
         why = "No module has scores for lora_E and for lora_A or lora_B."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import peft
 
+from ..errors import some_of
 from ..model.parameters import modules_inside_modules_to_save
 
 if TYPE_CHECKING:
@@ -44,13 +45,13 @@ def advice_on_overlap(inside: Iterable[str]) -> Iterator[str]:
     """Advise on modules that are targeted and inside ``modules_to_save``."""
     modules = sorted(inside)
     if modules:
-        some = " and ".join(modules) if len(modules) <= 2 else f"{modules[0]} and {len(modules) - 1} more"
         hurts = (
             f"PEFT {peft.__version__} cannot load the saved adapter again as it was"
             if cannot_reload_overlap(peft.__version__)
             else "PEFT saves them whole, so they are never pruned"
         )
+        are = "is" if len(modules) == 1 else "are"
         yield (
-            f"{some} {'is' if len(modules) == 1 else 'are'} targeted by AdaLoRA and inside modules_to_save: {hurts}. "
+            f"{some_of(modules)} {are} targeted by AdaLoRA and inside modules_to_save: {hurts}. "
             "Narrow target_modules so that it leaves them out."
         )

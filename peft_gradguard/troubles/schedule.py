@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import ScheduleError
+from ..model.schedule import final_step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +38,7 @@ def wrong_schedule(config: AdaLoraConfig) -> Iterator[tuple[str, str]]:
             "optimizer steps of the whole training.",
         )
         return
-    final = total - config.tfinal
+    final = final_step(config)
     if config.tinit >= final:
         yield (
             "no room",
@@ -76,10 +77,10 @@ def _beyond_the_ranks(call: AllocatorCall, budget: int) -> str | None:
             f"{why}: target_r={config.target_r} is not below init_r={config.init_r}, and PEFT fails in torch.kthvalue. "
             "Choose a target_r below init_r, or plain LoRA."
         )
-    if to_go < 1 and config.tinit >= config.total_step - config.tfinal:
+    if to_go < 1 and config.tinit >= final_step(config):
         return (
             f"{why}: its warm-up, tinit={config.tinit}, lasts until the step at which the final ranks are settled, "
-            f"total_step - tfinal = {config.total_step - config.tfinal}, and PEFT fails in torch.kthvalue. Raise "
+            f"total_step - tfinal = {final_step(config)}, and PEFT fails in torch.kthvalue. Raise "
             "total_step to the number of optimizer steps of the whole training, or lower tinit or tfinal."
         )
     return (

@@ -15,6 +15,7 @@ import torch
 from ..errors import PLACE
 from ..log import harmless
 from ..model.gradients import is_captured
+from ..model.parameters import energies
 from ..model.pattern import pattern_by_full_name
 from .ended import Ending, anything_has_ended, judge_at_the_end, living, say_what_has_ended
 from .whose import PATTERN, anothers_pattern, without_allocator
@@ -115,19 +116,19 @@ def watch_for_calls(call: AllocatorCall) -> None:
         return
     pattern = allocator.peft_config.rank_pattern or {}
     memory.seen.came_with = dict(pattern) or None
-    energies = [p for p in call.parameters if p.factor == "E" and p.parameter.requires_grad]
+    candidates = [p for p in energies(call.parameters) if p.parameter.requires_grad]
     # To load a pruned adapter, PEFT makes new parameters of those that its pattern names: it may be trained on with the
     # ranks that it has. One with a pattern that is not loaded was given another training's config.
     named = dict(pattern_by_full_name(call.parameters, pattern, allocator.adapter_name))
     # Of the others the last one: who freezes layers freezes the first ones.
-    energies.reverse()
-    energies.sort(key=lambda p: (p.name not in named, all(named.get(p.name, ()))))
+    candidates.reverse()
+    candidates.sort(key=lambda p: (p.name not in named, all(named.get(p.name, ()))))
     # Torch before 2.1 has no such hooks.
-    if energies and hasattr(torch.Tensor, "register_post_accumulate_grad_hook"):
+    if candidates and hasattr(torch.Tensor, "register_post_accumulate_grad_hook"):
         memory.watched = True
         watch = Watch(memory, frozenset(id(p.parameter) for p in call.parameters))
-        watch.cut_to = list(named.get(energies[0].name, ()))
-        energies[0].parameter.register_post_accumulate_grad_hook(watch)  # type: ignore[no-untyped-call]
+        watch.cut_to = list(named.get(candidates[0].name, ()))
+        candidates[0].parameter.register_post_accumulate_grad_hook(watch)  # type: ignore[no-untyped-call]
         judge_at_the_end(allocator, watch)
     say_what_has_ended()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import some_of
 from ..model.exclusions import PEFT_PREFIX, patterns_in_force, unmatched_patterns
 
 if TYPE_CHECKING:
@@ -35,9 +36,8 @@ def advice_on_exclusions(parameters: Sequence[AdaLoraParameter]) -> Iterator[str
     """Advise on patterns that match nothing, and on those that match everything."""
     unmatched = [repr(pattern) for pattern in unmatched_patterns(parameters)] if parameters else []
     if unmatched:
-        some = " and ".join(unmatched) if len(unmatched) <= 2 else f"{unmatched[0]} and {len(unmatched) - 1} more"
         yield (
-            f"Nothing is excluded by {some}: patterns are matched with whole names, such as "
+            f"Nothing is excluded by {some_of(unmatched)}: patterns are matched with whole names, such as "
             f"{PEFT_PREFIX}{parameters[0].name}."
         )
     elif parameters and all(parameter.excluded for parameter in parameters):

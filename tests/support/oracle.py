@@ -65,6 +65,8 @@ class Late:
     """What a call has scored of the gradients that are still there. Zeros it has not scored: they stay unscored."""
     backward_seen: bool = False
     """Whether a backward has come since the last call."""
+    more_than_zeros: bool = False
+    """Whether such a backward has brought more than zeros, or came while nobody had found zeros yet."""
     step_seen: bool = False
     """Whether an optimizer that holds the parameters has stepped since the last call."""
     without_step: int = 0
@@ -94,9 +96,12 @@ class Oracle:
         """The ranks at the start, and those at the end (``init_bgt`` and ``target_bgt``)."""
         return self.schedule.init_r * len(self.counted), self.schedule.target_r * len(self.counted)
 
-    def backward(self, reached: set[Key]) -> None:
+    def backward(self, reached: set[Key], not_zero: set[Key]) -> None:
+        """A backward has brought a gradient to what it ``reached``; ``not_zero``: where that is not all zeros."""
         if self.late is not None:
-            self.late.backward_seen |= bool(reached & self.late.watched)
+            seen = reached & self.late.watched
+            self.late.backward_seen |= bool(seen)
+            self.late.more_than_zeros |= bool(seen & not_zero if self.late.copies else seen)
             self.late.scored -= reached
 
     def optimizer_step(self, held: set[Key], used: dict[Key, torch.Tensor | None]) -> None:
@@ -124,7 +129,7 @@ class Oracle:
                 self._score(step, facts)
             finally:
                 if self.late is not None:
-                    self.late.backward_seen = self.late.step_seen = False
+                    self.late.backward_seen = self.late.more_than_zeros = self.late.step_seen = False
                     self.late.kept = {}
         else:
             self.late = None
@@ -189,12 +194,14 @@ class Oracle:
             self.late = Late(trainable, suspicion=zeroed)
         else:
             late = self.late
-            left_out = late.backward_seen and not late.step_seen
+            # What the loss gave is no sign of a broken loop.
+            from_the_loss = zeroed and not lent and late.backward_seen and not late.more_than_zeros
+            left_out = late.backward_seen and not late.step_seen and not from_the_loss
             if left_out and not lent:
                 late.without_step += 1
             elif late.step_seen:
                 late.without_step = 0
-            forgiven = bool(self.ipt) or left_out or (zeroed and (lent or not late.copies))
+            forgiven = bool(self.ipt) or left_out or from_the_loss or (zeroed and (lent or not late.copies))
             if not forgiven or late.without_step >= PATIENCE:
                 raise BrokenLoopError
         self.late.suspicion &= zeroed

@@ -339,7 +339,7 @@ class Run:
         used = [key for key in self.parameters if key not in unused and self.parameters[key].requires_grad]
         if used:
             torch.stack([(self.parameters[key] * gradients[key]).sum() for key in used]).sum().backward()
-        self.oracle.backward(set(used))
+        self.oracle.backward(set(used), {key for key in used if gradients[key].any()})
         for name, parameter in self.inner.named_parameters():
             if name not in self.names and ".lora_" in name:
                 # Another adapter's: where it is active, it has gradients too.
