@@ -93,11 +93,40 @@ def test_the_pattern_of_another_state_fits_not(pattern: dict[str, list[bool]]) -
     assert keeps_of(saved, pattern, "default") is None
 
 
-@pytest.mark.parametrize(("factor", "shape"), [("A", (2, 4)), ("B", (3, 2)), ("E", (2, 2)), ("A", (3, 3)), ("B", (2,))])
+@pytest.mark.parametrize(
+    ("factor", "shape"), [("A", (2, 4)), ("A", (2, 2)), ("B", (3, 2)), ("E", (2, 2)), ("A", (3, 3)), ("B", (2,))]
+)
 def test_tensors_that_lack_more_than_ranks(factor: str, shape: tuple[int, ...]) -> None:
     state = {**cut(), f"there.{NAMES[factor]}": torch.zeros(shape)}
     (saved,) = saved_triplets([triplet()], state, "there.")
     assert not saved.can_be_put_back
+
+
+def test_more_ranks_than_the_model_has() -> None:
+    state = {
+        f"there.{NAMES[factor]}": torch.zeros(shape)
+        for factor, shape in {"A": (5, 3), "B": (2, 5), "E": (5, 1)}.items()
+    }
+    (saved,) = saved_triplets([triplet()], state, "there.")
+    assert not saved.is_whole
+    assert not saved.can_be_put_back
+
+
+def test_a_model_that_is_flat_pieces() -> None:
+    live = triplet()
+    flat = live._replace(A=live.A._replace(parameter=nn.Parameter(torch.zeros(12))))
+    (saved,) = saved_triplets([flat], cut(), "there.")
+    assert not saved.can_be_put_back
+
+
+def test_the_pattern_of_a_larger_adapter_fits_no_whole_state() -> None:
+    state = {
+        f"there.{NAMES[factor]}": torch.zeros(shape)
+        for factor, shape in {"A": (4, 3), "B": (2, 4), "E": (4, 1)}.items()
+    }
+    saved = saved_triplets([triplet()], state, "there.")
+    assert keeps_of(saved, {"block.lora_E": [True] * 5}, "default") is None
+    assert keeps_of(saved, {"block.lora_E": KEEP}, "default") == {NAMES["E"]: KEEP}
 
 
 def test_a_state_without_one_of_the_three_is_let_be() -> None:

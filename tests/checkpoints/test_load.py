@@ -224,6 +224,37 @@ def test_a_whole_state_that_a_program_puts_back() -> None:
 
 
 @pytest.mark.peft
+def test_tensors_that_torch_puts_back() -> None:
+    """By ``load_state_dict``, without any function of PEFT's; what is trained since is saved whole."""
+    trained(TOTAL).save_pretrained("saved")
+    model = to_train_on("saved")
+    cut = {f"{name}.default": value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
+    train(model, 1, 2, call=False)
+    assert not model.load_state_dict(cut, strict=False).unexpected_keys
+    assert torch.allclose(logits(model), logits(loaded("saved")), atol=1e-6)
+    train(model, 1, 3, call=False)
+    model.save_pretrained("again")
+    assert torch.allclose(logits(loaded("again")), logits(model), atol=1e-6)
+
+
+@pytest.mark.peft
+def test_only_the_last_patterns_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_gradguard.checkpoints import load
+    from peft_gradguard.memory.memory import known_memory
+
+    monkeypatch.setattr(load, "REMEMBERED", 2)
+    model = trained(6)
+    optimizer, patterns = None, []
+    for step in (8, 10, 12):
+        optimizer = train(model, step - 1, step, optimizer)
+        peft.get_peft_model_state_dict(model)
+        patterns.append(model.peft_config["default"].rank_pattern)
+    memory = known_memory(model.base_model.rankallocator)
+    assert memory is not None
+    assert memory.cut == patterns[1:]
+
+
+@pytest.mark.peft
 def test_tensors_whose_pattern_nobody_knows(said: Callable[[], list[str]]) -> None:
     first = trained(BETWEEN)
     state = peft.get_peft_model_state_dict(first)
@@ -286,13 +317,14 @@ def test_loading_for_inference_is_pefts(records: list[logging.LogRecord]) -> Non
     assert torch.equal(torch.random.get_rng_state(), random)
     assert {len(energy) for energy in energies(model).values()} != {INIT_R}
     assert records == []
-    guarded, unguarded = build(SCENARIO), build(SCENARIO)
-    torch.manual_seed(4)
-    guarded.load_adapter("saved", "other")
-    with peft_gradguard.disabled():
+    for name in ("another", "other"):
+        guarded, unguarded = build(SCENARIO), build(SCENARIO)
         torch.manual_seed(4)
-        unguarded.load_adapter("saved", "other")
-    assert same(guarded, unguarded)
+        guarded.load_adapter("saved", name)
+        with peft_gradguard.disabled():
+            torch.manual_seed(4)
+            unguarded.load_adapter("saved", name)
+        assert same(guarded, unguarded)
 
 
 @pytest.mark.peft

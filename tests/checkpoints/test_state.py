@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -166,6 +168,61 @@ def test_names_and_shapes_are_the_same_at_each_step() -> None:
     assert all(shape == shapes[0] for shape in shapes)
 
 
+def test_what_a_state_looks_like_before_the_first_call() -> None:
+    """What is saved must be read by every later release."""
+    model, _ = made()
+    state = AllocatorState(model).state_dict()
+    parameters = [name for name, _ in model.base_model.model.named_parameters() if re.search(r"lora_[ABE]\.", name)]
+    assert state["format"].tolist() == [1]
+    assert state["0.progress"].tolist() == [-1, 0, 0, 0]
+    assert state["0.counts"].tolist() == [[0, -1, -1]] * len(parameters)
+    assert not state["0.scored"].any()
+    kept = {name: value for name, value in state.items() if name.startswith("0.kept.")}
+    assert sorted(kept) == sorted(f"0.kept.{name}" for name in parameters if ".lora_E." in name)
+    assert all(value.all() for value in kept.values())
+
+
+@pytest.mark.parametrize(("there", "here", "called"), [(0, 0, False), (0, 2, True), (2, 0, True), (2, 2, True)])
+def test_what_the_guard_knows_of_the_calls(there: int, here: int, called: bool) -> None:
+    from peft_gradguard.memory.memory import known_memory
+
+    state, model = AllocatorState(trained(there)).state_dict(), trained(here)
+    AllocatorState(model).load_state_dict(state)
+    memory = known_memory(model.base_model.rankallocator)
+    assert memory is not None
+    assert (memory.called, memory.counts.step) == (called, there or None)
+    assert (memory.loaded, memory.other_ranks) == (False, False)
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_the_pattern_has_the_names_that_it_had(short: bool) -> None:
+    model, again = trained(9), made()[0]
+    config = model.peft_config["default"]
+    if short:
+        config.rank_pattern = {name.replace(".default", ""): keep for name, keep in config.rank_pattern.items()}
+    AllocatorState(again).load_state_dict(AllocatorState(model).state_dict())
+    assert again.peft_config["default"].rank_pattern == config.rank_pattern
+
+
+@pytest.mark.parametrize("ranks", [1, 20])
+def test_a_pattern_of_other_lengths_is_another_trainings(ranks: int) -> None:
+    model = trained(9)
+    pattern = model.peft_config["default"].rank_pattern
+    model.peft_config["default"].rank_pattern = {name: [False] * ranks for name in pattern}
+    state = AllocatorState(model).state_dict()
+    assert not state["0.named"].any()
+    assert all(value.all() for name, value in state.items() if name.startswith("0.kept."))
+
+
+def test_a_training_that_was_over_is_not_judged_again(said: Callable[[], list[str]]) -> None:
+    state, again = AllocatorState(trained(TOTAL)).state_dict(), made()[0]
+    AllocatorState(again).load_state_dict(state)
+    del again
+    gc.collect()
+    made()
+    assert not [text for text in said() if "never settled" in text]
+
+
 def test_the_tensors_are_copies() -> None:
     model, optimizer = made()
     train(model, optimizer, 1, 8)
@@ -191,12 +248,20 @@ def other(**changes: Any) -> Callable[[], peft.PeftModel]:
     return lambda: peft.get_peft_model(two_branches(), adalora_config(**{**SCENARIO.config, **changes}))
 
 
+def without_end() -> peft.PeftModel:
+    model = other()()
+    model.peft_config["default"].total_step = None
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
         (other_adapter, "another model or adapter: only this model has '0.ipt.*second'"),
         (other_modules, "another model or adapter: only the state has"),
         (other(init_r=7), "the shape"),
+        (other(init_r=4), "the shape"),
+        (without_end, "total_step is 20 in the state and not set here"),
         (other(total_step=30), "total_step is 20 in the state and 30 here"),
         (other(beta1=0.5), "beta1 is 0.85 in the state and 0.5 here"),
         (other(tinit=2, deltaT=3), "tinit is 3 in the state and 2 here; deltaT is 2 in the state and 3 here"),
@@ -217,6 +282,7 @@ def test_the_state_of_another_is_refused_and_changes_nothing(model: Callable[[],
     ("change", "words"),
     [
         (lambda state: state.update(format=torch.tensor([99])), r"has format \[99\], and this peft_gradguard knows"),
+        (lambda state: state.update(format=torch.tensor([0])), r"has format \[0\], and this peft_gradguard knows"),
         (lambda state: state.pop("format"), "has no entry 'format'"),
         (lambda state: state.pop("0.budget"), "only this model has '0.budget'"),
         (lambda state: state.update(more=torch.zeros(1)), "only the state has 'more'"),
