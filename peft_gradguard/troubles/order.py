@@ -87,19 +87,19 @@ class _Steps(StepListener):
 
     def before_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """See whether the step begins with the gradient that the call has seen; a closure may make others."""
-        self._is_inside, self._began_with = False, _gradient_of(held[0])
+        energy, *_ = held
+        self._is_inside, self._began_with = False, _gradient_of(energy)
         if not has_closure:
-            self._look(held[0])
+            self._look(energy)
 
     def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """See what the step has left. One that had begun before the call has changed E after it."""
-        energy = held[0]
+        energy, *_ = held
         if has_closure and self._began_with is not None and self._began_with.is_as_it_was(energy.grad):
             # The closure has made no other: Lightning gives every step one, be it to do nothing.
             self._look(energy)
         if self._is_inside:
             self.uses_what_was_seen |= not torch.equal(self._values, energy.detach())
-        self._is_inside = False
         self.left = _gradient_of(energy)
 
     def _look(self, energy: torch.nn.Parameter) -> None:
@@ -123,11 +123,11 @@ def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
     if steps is None and (not pattern or all(map(all, pattern.values()))):
         # Nothing is pruned yet.
         return
-    candidates = [p for p in energies(call.parameters) if p.shard is None and _is_plain(p.parameter)]
-    if not candidates or call.memory.late.order is not Order.IN_TIME:
+    plain = (p.parameter for p in energies(call.parameters) if p.shard is None and _is_plain(p.parameter))
+    energy = next(plain, None)
+    if energy is None or call.memory.late.order is not Order.IN_TIME:
         _close(call, steps)
         return
-    energy = candidates[0].parameter
     if not isinstance(steps, _Steps):
         steps = _Steps()
         seen.listeners[TOPIC] = steps

@@ -29,14 +29,15 @@ def warn_of_ranks(call: AllocatorCall, budget: int, pattern: RankPattern | None)
         return
     if first and not call.ranked:
         _found(call, "nothing ranked", _nothing_ranked(call, pattern))
-    elif pattern and call.ranked and (first or budget > 0):
+    elif pattern and call.ranked:
         kept, there = sum(map(sum, pattern.values())), sum(map(len, pattern.values()))
         if budget > there:
             # It was counted before PEFT cut the ranks (pruned.py).
             return
-        if kept == 0 < budget and not first and _may_not_have_begun(call):
+        all_lost = budget > 0 and not kept
+        if all_lost and not first and _may_not_have_begun(call):
             return
-        if kept == 0 < budget or (first and kept != budget):
+        if all_lost or (first and kept != budget):
             _found(call, "other ranks" if kept else "no rank left", _other_ranks(call, kept, budget))
         elif first:
             # What an earlier masking step has pruned, this one may have given back.

@@ -122,13 +122,13 @@ def watch_for_calls(call: AllocatorCall) -> None:
     named = dict(pattern_by_full_name(call.parameters, pattern, allocator.adapter_name))
     # Of the others the last one: who freezes layers freezes the first ones.
     candidates.reverse()
-    candidates.sort(key=lambda p: (p.name not in named, all(named.get(p.name, ()))))
+    watched = min(candidates, key=lambda p: (p.name not in named, all(named.get(p.name, ()))), default=None)
     # Torch before 2.1 has no such hooks.
-    if candidates and hasattr(torch.Tensor, "register_post_accumulate_grad_hook"):
+    if watched is not None and hasattr(torch.Tensor, "register_post_accumulate_grad_hook"):
         memory.watched = True
         watch = Watch(memory, frozenset(id(p.parameter) for p in call.parameters))
-        watch.cut_to = list(named.get(candidates[0].name, ()))
-        candidates[0].parameter.register_post_accumulate_grad_hook(watch)  # type: ignore[no-untyped-call]
+        watch.cut_to = list(named.get(watched.name, ()))
+        watched.parameter.register_post_accumulate_grad_hook(watch)  # type: ignore[no-untyped-call]
         judge_at_the_end(allocator, watch)
     say_what_has_ended()
 

@@ -46,7 +46,8 @@ def test_first_of_two_optimizers_cleared_before_the_call(
     assert len(named(said)) == early
     if early:
         assert "(adapter 'default', step 3)" in named(said)[0]
-        assert "first.lora_" in named(said)[0]
+        gone = "first.lora_E.default is" if zero_grad else "first.lora_A.default and 2 more are"
+        assert f"those of {gone} gone before each call" in named(said)[0]
         assert "before the first zero_grad" in named(said)[0]
         assert named(said)[0] in peft_gradguard.report(model).adapters[0].advice
 
@@ -99,3 +100,78 @@ def test_layer_that_no_optimizer_holds(said: Callable[[], list[str]]) -> None:
         optimizer.zero_grad()
     assert not named(said)
     assert sum(reference() not in (None, *before) for reference in optimizers._listeners) <= 1
+
+
+class ClearsByItself(torch.optim.SGD):
+    """As optimizers that offload their gradients do."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        self.zero_grad()
+
+
+def test_optimizer_that_clears_its_gradients_by_itself(said: Callable[[], list[str]]) -> None:
+    model = make()
+    one = ClearsByItself([p for n, p in model.named_parameters() if p.requires_grad and "first" in n], lr=1e-2)
+    other = optimizer_of(model, "second")
+    for step in range(1, TOTAL + 1):
+        loss_of(model, step).backward()
+        one.step()
+        other.step()
+        call(model, step)
+        other.zero_grad()
+    assert len(named(said)) == 1
+
+
+def test_one_parameter_alone(said: Callable[[], list[str]]) -> None:
+    model = make()
+    one, other = optimizer_of(model, "first.lora_E"), optimizer_of(model)
+    other.param_groups[0]["params"] = [
+        p for p in other.param_groups[0]["params"] if p not in set(one.param_groups[0]["params"])
+    ]
+    for step in range(1, TOTAL + 1):
+        loss_of(model, step).backward()
+        one.step()
+        one.zero_grad()
+        other.step()
+        call(model, step)
+        other.zero_grad()
+    assert ["those of first.lora_E.default is gone before each call" in text for text in named(said)] == [True]
+
+
+def test_what_is_excluded_may_be_cleared(said: Callable[[], list[str]]) -> None:
+    with peft_gradguard.exclude("*first*"):
+        train_with_two(make(), early=True)
+    assert not named(said)
+
+
+@pytest.mark.parametrize(("rests", "times"), [(49, 1), (50, 0)])
+def test_layer_that_rests_for_long_is_watched_no_longer(said: Callable[[], list[str]], rests: int, times: int) -> None:
+    model = make(total_step=100)
+    one, other = optimizer_of(model, "first"), optimizer_of(model, "second")
+    for step in range(1, 60):
+        hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        if step > rests:
+            hidden = model.base_model.model.first(hidden)
+        model.base_model.model.second(hidden).square().mean().backward()
+        one.step()
+        one.zero_grad()
+        other.step()
+        call(model, step)
+        other.zero_grad()
+    assert len(named(said)) == times
+
+
+def test_nobody_listens_where_e_begins_at_zero() -> None:
+    """There A and B have gradients of zero at first."""
+    from peft_gradguard.late import optimizers
+
+    model = make()
+    optimizer = optimizer_of(model)
+    before = optimizers._listeners
+    for step in (1, 2):
+        model.base_model.model(torch.randn(8, 6)).logits.square().mean().backward()
+        optimizer.step()
+        call(model, step)
+        optimizer.zero_grad()
+        assert optimizers._listeners == before

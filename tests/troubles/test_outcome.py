@@ -18,6 +18,7 @@ import peft_gradguard
 if TYPE_CHECKING:
     import logging
     from collections.abc import Callable
+    from pathlib import Path
 
 pytestmark = pytest.mark.peft
 
@@ -41,15 +42,20 @@ def cast_adapter(model: Any, kind: torch.dtype) -> None:
             parameter.data = parameter.data.to(kind)
 
 
-def train_the_head_alone(steps: Any = range(1, TOTAL + 1)) -> None:
-    model = make()
+def outside(model: Any, step: int) -> torch.Tensor:
+    """A loss without PEFT's regulariser."""
+    return model(torch.randn(8, 6, generator=torch.Generator().manual_seed(step))).logits.square().mean()
+
+
+def train_the_head_alone(steps: Any = range(1, TOTAL + 1), **changes: Any) -> None:
+    model = make(**changes)
     begin_with_an_energy_of_zero(model)
     head = model.base_model.model.head.requires_grad_(True)
     train(
         model,
         steps,
         optimizer=torch.optim.AdamW(head.parameters(), lr=1e-2),
-        loss=lambda model, step: model(torch.randn(8, 6)).logits.square().mean(),
+        loss=outside,
     )
 
 
@@ -110,6 +116,10 @@ def test_steps_that_jump_over_the_finalising_one(said: Callable[[], list[str]], 
     assert "The last call before it was step 15." in text
     assert ("The ranks of the last masking step stay" in text) == stays
     assert ("So no rank is pruned at all" in text) != stays
+    del model
+    gc.collect()
+    make()
+    assert said() == [text], "it is said once what went wrong"
 
 
 def test_calls_that_come_with_the_finalising_step_twice_are_no_trouble(said: Callable[[], list[str]]) -> None:
@@ -302,3 +312,93 @@ def test_pattern_with_names_that_the_model_has_no_more(said: Callable[[], list[s
         model.base_model.model.first = torch.nn.Sequential(model.base_model.model.first)
     train(model, range(FINAL + 1, TOTAL + 1))
     assert ["pruned ranks come back" in words for words in said()] == [True] * wrapped
+
+
+@pytest.mark.parametrize("target_r", [0, 1])
+def test_few_ranks_or_none_may_be_asked_for(said: Callable[[], list[str]], target_r: int) -> None:
+    model = make(target_modules=["first"], init_r=2, target_r=target_r)
+    train(model)
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == target_r
+    assert said() == []
+
+
+def test_the_only_rank_is_lost(said: Callable[[], list[str]]) -> None:
+    train_the_head_alone(range(1, FINAL), target_modules=["first"], init_r=2, target_r=1)
+    assert ["keeps 0 ranks where its budget allows 1" in text for text in said()] == [True]
+
+
+def test_what_an_earlier_step_has_pruned_may_come_back(said: Callable[[], list[str]]) -> None:
+    model = make()
+    begin_with_an_energy_of_zero(model)
+    optimizer = optimizer_of(model)
+
+    def begin(model: Any, step: int) -> None:
+        optimizer.param_groups[0]["lr"] = 0.0 if step < 6 else 1e-2
+
+    train(model, range(1, FINAL), optimizer=optimizer, before=begin, loss=outside)
+    assert ["All scores of lora_E are zero" in text for text in said()] == [True]
+    assert len(peft_gradguard.report(model).adapters[0].advice) == 1
+    train(model, range(FINAL, TOTAL + 1), optimizer=optimizer, loss=outside)
+    assert peft_gradguard.report(model).adapters[0].advice == ()
+    assert len(said()) == 1
+
+
+def test_no_energy_ever_had_a_gradient(said: Callable[[], list[str]]) -> None:
+    def regulariser(model: Any, step: int) -> torch.Tensor:
+        return sum(p.square().sum() for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n)
+
+    model = make()
+    train(model, loss=regulariser)
+    assert ["No lora_E ever had a gradient." in text for text in said() if "nothing to rank" in text] == [True]
+
+
+@pytest.mark.parametrize(
+    ("excluded", "why"), [("*lora_E*", "No lora_E is trainable."), ("*lora_[AB]*", "No module has")]
+)
+def test_one_kind_of_factor_excluded(said: Callable[[], list[str]], excluded: str, why: str) -> None:
+    with peft_gradguard.exclude(excluded):
+        train(make())
+    assert [why in text for text in said() if "nothing to rank" in text] == [True]
+
+
+def test_factors_that_are_not_trained_beside_energies_that_are(said: Callable[[], list[str]]) -> None:
+    model = make()
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            parameter.requires_grad = False
+    train(model)
+    texts = [text for text in said() if "nothing to rank" in text]
+    assert ["No module has scores for lora_E and for lora_A or lora_B." in text for text in texts] == [True]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"adapter": "another"},
+        {"adapter": "second"},
+        {"target_modules": ["first"]},
+        {"target_modules": ["first", "second", "head"]},
+    ],
+)
+def test_a_training_beside_one_that_goes_on_in_a_copy(said: Callable[[], list[str]], beside: dict[str, Any]) -> None:
+    other, original = make(**beside), make()
+    train(other, range(1, 8))
+    train(original, range(1, 8))
+    train(copy.deepcopy(original), range(8, TOTAL + 1))
+    del other, original
+    gc.collect()
+    make()
+    early = [text for text in said() if "never settled" in text]
+    assert [f"(adapter {beside.get('adapter', 'default')!r})" in text for text in early] == [True]
+
+
+def test_only_the_final_phase_of_a_pruned_adapter(said: Callable[[], list[str]], tmp_path: Path) -> None:
+    import peft
+    from situations import TwoLayers
+
+    first = make()
+    train(first)
+    first.save_pretrained(str(tmp_path))
+    model = peft.PeftModel.from_pretrained(TwoLayers(), str(tmp_path), is_trainable=True)
+    train(model, range(FINAL + 1, TOTAL + 1))
+    assert said() == []

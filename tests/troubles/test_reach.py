@@ -150,3 +150,11 @@ def test_a_healthy_training_says_nothing(said: Callable[[], list[str]]) -> None:
     train(model)
     assert said() == []
     assert loss_of(model, TOTAL).isfinite()
+
+
+@pytest.mark.skipif(PEFT_VERSION < (0, 7), reason="merges layer by layer in this test")
+def test_one_merged_layer_is_named(said: Callable[[], list[str]]) -> None:
+    model = make(target_modules=["second"])
+    model.merge_adapter()
+    train(model, range(1, 5))
+    assert ["second is merged into the base weights" in text for text in named(said)] == [True]

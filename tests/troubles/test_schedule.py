@@ -36,6 +36,7 @@ def set_up(**settings: Any) -> Any:
         ({"deltaT": FINAL - 1}, None),
         ({"deltaT": 5, "tinit": 15}, "deltaT=5 leaves no masking step between tinit=15"),
         ({"deltaT": 5, "tinit": 14}, None),
+        ({"deltaT": 0}, None),
     ],
 )
 def test_schedule_is_named_at_the_first_call_and_in_the_audit(
@@ -60,6 +61,7 @@ def test_missing_total_step_is_advised() -> None:
         ({"target_r": 4}, ["target_r=4", "init_r=4"]),
         ({"target_r": 5}, ["target_r=5", "init_r=4"]),
         ({"tinit": FINAL}, [f"tinit={FINAL}", f"total_step - tfinal = {FINAL}"]),
+        ({"tinit": FINAL + 1}, [f"tinit={FINAL + 1}", f"total_step - tfinal = {FINAL}"]),
     ],
 )
 def test_error_of_kthvalue_is_explained(settings: dict[str, int], numbers: list[str]) -> None:
@@ -72,10 +74,17 @@ def test_error_of_kthvalue_is_explained(settings: dict[str, int], numbers: list[
     assert all(number in str(raised.value) for number in numbers)
 
 
-def test_budget_that_was_counted_before_the_ranks_were_cut() -> None:
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        (40, r"cannot prune 14 of 8 ranks .* its budget began at 40 ranks, and is 26 now"),
+        (2, r"cannot prune 0 of 8 ranks .* its budget began at 2 ranks, and is 2 now"),
+    ],
+)
+def test_budget_that_was_counted_before_the_ranks_were_cut(init: int, words: str) -> None:
     model = make()
-    model.base_model.rankallocator.init_bgt = 40
-    with pytest.raises(ValueError, match=r"AdaLoRA cannot prune \d+ of 8 ranks .* its budget began at 40 ranks"):
+    model.base_model.rankallocator.init_bgt = init
+    with pytest.raises(ValueError, match=f"AdaLoRA {words}"):
         train(model)
 
 

@@ -283,3 +283,41 @@ def test_a_watched_model_is_copied_and_pickled_without_a_warning() -> None:
         pickle.dumps(dict(model.named_parameters()))
         # What a process that is spawned is sent.
         ForkingPickler(io.BytesIO()).dump(list(model.parameters()))
+
+
+@pytest.mark.peft
+@needs.hook_after_accumulation
+@pytest.mark.parametrize("occasion", ["a gradient", "a call"])
+def test_what_has_ended_is_said_at_any_occasion(occasion: str, records: list[logging.LogRecord]) -> None:
+    ended, other = make(), make()
+    train(ended)
+    train(other, steps=1)
+    del ended
+    gc.collect()
+    assert not never_called(records)
+    if occasion == "a gradient":
+        other(torch.randn(2, 4)).pow(2).mean().backward()
+    else:
+        other.base_model.update_and_allocate(1)
+    assert len(never_called(records)) == 1
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("way", ["meta", "subclass"])
+def test_what_cannot_be_looked_at_was_not_trained(way: str, records: list[logging.LogRecord]) -> None:
+    class Subclass(torch.Tensor):
+        pass
+
+    model = make()
+    if way == "meta":
+        model.to("meta")
+    for _ in range(2 if way == "meta" else 0):
+        model(torch.randn(2, 4, device="meta")).pow(2).mean().backward()
+    if way == "subclass":
+        for name, parameter in model.named_parameters():
+            if ".lora_E." in name:
+                parameter.data = parameter.data.as_subclass(Subclass)
+    del model
+    gc.collect()
+    make()
+    assert not [record for record in records if record.exc_info or "never called" in record.getMessage()]
