@@ -205,18 +205,48 @@ class Zeroes(torch.optim.SGD):
         return found
 
 
+class Alone(torch.optim.Optimizer):
+    """Gradient descent of its own, so that torch hears of one step and not of one inside of another."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    self.use(parameter, parameter.grad)
+
+    def use(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        parameter.add_(gradient, alpha=-self.param_groups[0]["lr"])
+
+
+class HalvesAlone(Alone):
+    def use(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        super().use(parameter, gradient.mul_(0.5))
+
+
+class ZeroesAlone(Alone):
+    def use(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        super().use(parameter, gradient)
+        gradient.zero_()
+
+
+ZEROES = (Zeroes, ZeroesAlone)
+
+
 @pytest.mark.parametrize("to_none", [True, False])
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, Signs, Clips, Clears, Zeroes])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, Signs, Clips, Clears, *ZEROES, HalvesAlone])
 def test_late_calls_score_what_the_step_has_used(kind: Callable[..., torch.optim.Optimizer], to_none: bool) -> None:
     """What the step clips, replaces or clears by itself too. The first call, by which the guard learns, scores nothing.
 
     Where the step itself writes zeros, but zero_grad does not, it takes the guard one call more.
     """
     late, in_time = make(), make()
-    learnt = 3 if kind is Zeroes and to_none else 2
+    learnt = 3 if kind in ZEROES and to_none else 2
     for model in (late, in_time):
         # Those that clear by themselves use what plain gradient descent uses.
-        used = torch.optim.SGD if model is in_time and kind in (Clears, Zeroes) else kind
+        used = torch.optim.SGD if model is in_time and kind in (Clears, *ZEROES) else kind
         optimizer = used(trained(model), lr=1e-2)
         for step in range(1, 9):
             backward(model, step)
@@ -229,7 +259,7 @@ def test_late_calls_score_what_the_step_has_used(kind: Callable[..., torch.optim
     assert_same_scores(in_time, late)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, Signs, Clips])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Signs, Clips, HalvesAlone])
 @pytest.mark.parametrize("to_none", [True, False])
 def test_gradients_that_a_call_has_scored_are_not_scored_again(
     kind: Callable[..., torch.optim.Optimizer], to_none: bool
@@ -304,9 +334,56 @@ def test_loop_without_a_torch_optimizer_ends_in_an_error(count: int) -> None:
     late_step(1)
     for step in range(2, 51):
         late_step(step)
-    if count == 50:
+    # Who passes over the error is told again.
+    for step in range(51, 53) if count == 50 else ():
         with pytest.raises(NoGradientError, match="in the last 50 calls no torch optimizer has stepped them"):
-            late_step(51)
+            late_step(step)
+
+
+@pytest.mark.parametrize("how", ["a step", "gradients in time"])
+def test_what_breaks_the_row_of_calls_without_a_step(how: str) -> None:
+    model = make(total_step=1000)
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+
+    def late_step(step: int, breaks: bool = False) -> None:
+        backward(model, step)
+        if breaks and how == "gradients in time":
+            model.base_model.update_and_allocate(step)
+        elif breaks:
+            optimizer.step()
+        optimizer.zero_grad()
+        if not breaks or how == "a step":
+            model.base_model.update_and_allocate(step)
+
+    late_step(1)
+    for step in range(2, 51):
+        late_step(step)
+    late_step(51, breaks=True)
+    for step in range(52, 101):
+        late_step(step)
+    with pytest.raises(NoGradientError, match="in the last 50 calls no torch optimizer has stepped them"):
+        late_step(101)
+
+
+def test_gradients_written_by_hand_are_not_scored_again() -> None:
+    """No backward is seen there: which were scored is known by what they are."""
+    model, in_time = make(), make()
+    for one in (model, in_time):
+        optimizer = torch.optim.SGD(trained(one), lr=1e-2)
+        for step in range(1, 11):
+            found = torch.autograd.grad(one(torch.ones(4, 8) * step).pow(2).mean(), trained(one))
+            for parameter, gradient in zip(trained(one), found, strict=True):
+                parameter.grad = gradient
+            if one is in_time and step % 2 == 0:
+                one.base_model.update_and_allocate(step)
+            if one is model and step % 2 == 0:
+                # The call before the step has what it scores; the one after zero_grad finds nothing new.
+                one.base_model.update_and_allocate(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            if one is model and step % 2 == 0:
+                one.base_model.update_and_allocate(step)
+    assert_same_scores(in_time, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
