@@ -1,8 +1,9 @@
 """Mutation testing with cosmic-ray: does a test notice each small change of the package?
 
 ``make mutants`` changes every file; ``python tests/mutants.py rules/ranking.py settings.py`` some. ``make
-coverage`` comes first: it tells which tests run a line, and how long they take. A mutant gets the tests of its line,
-the quickest first. ``python tests/mutants.py --on`` goes on where it was interrupted.
+coverage`` comes first: it tells which tests run a line, and how long they take. A mutant gets the tests of its line:
+those of its own room, and some of the others, the quickest first. ``python tests/mutants.py --on`` goes on where it was
+interrupted.
 
 Two copies of the project under ``.mutants`` work side by side. Each has a process that has imported torch, transformers
 and PEFT, and forks for each mutant; so a mutant costs its tests and not the imports. A survivor is a change that no
@@ -18,7 +19,6 @@ import re
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -27,8 +27,12 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import accumulate, compress, zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".mutants"
@@ -37,10 +41,9 @@ COVERAGE = (".coverage", ".durations.xml")
 WORKERS = 2
 LONGEST = 900
 """Seconds until a mutant counts as noticed, because it hangs."""
-QUICK = 25
-"""Seconds of tests, as measured by ``make coverage``, that a mutant gets at first; what survives gets the others."""
-SLOW = 100
-"""Seconds from which on a test is left out: a mutant that only it could notice counts as a survivor."""
+OWN, OTHERS = 60, 25
+"""Seconds of tests, as measured by ``make coverage``, of the mutant's own room and of the others: what only later ones
+would notice counts as a survivor."""
 
 CORE = ("model", "late", "rules", "whole/test_oracle.py", "whole/test_scenarios.py")
 """What shows most changes: rooms of the tests, and single files."""
@@ -52,7 +55,7 @@ OUTSIDE = (*START, "integrations", "report")
 WHOLE = ("stacks/test_ddp", "stacks/test_deepspeed", "stacks/test_fsdp", "test_docs")
 """Files whose tests share what was run once: a line that one of them runs has the whole file."""
 
-UNSEEN = ("TYPE_CHECKING", "strict=True", "CHUNK")
+UNSEEN = ("TYPE_CHECKING", "strict=True", "CHUNK", ", *, ")
 """What only a type checker, a broken invariant or a clock would see: lines with it are not changed."""
 
 # Annotations are never run (BitOr), and `is` instead of `==` on short strings or None changes nothing in CPython.
@@ -96,9 +99,9 @@ def mutate(number: int, modules: list[str] | None) -> Path:
         "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
 
-    def call(tool: str, *arguments: object, **more: str) -> None:
+    def call(tool: str, *arguments: object) -> None:
         command = [Path(sys.executable).parent / tool, *map(str, arguments)]
-        subprocess.run(command, cwd=folder, env={**environ, **more}, check=True)
+        subprocess.run(command, cwd=folder, env=environ, check=True)
 
     if modules is not None:
         session.unlink(missing_ok=True)
@@ -112,18 +115,10 @@ def mutate(number: int, modules: list[str] | None) -> Path:
         try:
             while not (folder / SOCKET).exists():
                 time.sleep(0.5)
-            call("cosmic-ray", "exec", FOLDER / "mutants.toml", session, MUTANTS_TESTS="quick")
-            forget_survivors(session)
-            call("cosmic-ray", "exec", FOLDER / "mutants.toml", session, MUTANTS_TESTS="slow")
+            call("cosmic-ray", "exec", FOLDER / "mutants.toml", session)
         finally:
             server.terminate()
     return session
-
-
-def forget_survivors(session: Path) -> None:
-    """Make those that the quick tests did not notice pending again."""
-    with sqlite3.connect(session) as database:
-        database.execute("DELETE FROM work_results WHERE test_outcome = 'SURVIVED'")
 
 
 def leave_out(session: Path, folder: Path, number: int) -> None:
@@ -159,8 +154,7 @@ def serve() -> None:
         while True:
             connection, _ = listening.accept()
             with connection:
-                which = connection.recv(16).decode()
-                tests = [test for path, text in before.items() for test in tests_for(path, text, which)]
+                tests = [test for path, text in before.items() for test in tests_for(path, text)]
                 began, status = time.monotonic(), in_fork(tests)
                 print(f"{len(tests)} tests, {time.monotonic() - began:.1f} s, status {status}, {tests[:3]}", flush=True)
                 # Whoever asked may have given up meanwhile.
@@ -168,8 +162,8 @@ def serve() -> None:
                     connection.sendall(str(status).encode())
 
 
-def tests_for(path: Path, before: str, which: str) -> list[str]:
-    """Choose the quick or the slow tests for what is changed in this file now; none if nothing is."""
+def tests_for(path: Path, before: str) -> list[str]:
+    """Choose the tests for what is changed in this file now; none if nothing is."""
     lines, now = before.splitlines(), path.read_text().splitlines()
     if lines == now:
         return []
@@ -178,13 +172,19 @@ def tests_for(path: Path, before: str, which: str) -> list[str]:
     chosen = [test for line in statement(before, changed) for test in ran.get(line, ())]
     if not chosen:
         chosen = tests_beside(path)
+    room = tuple(f"tests/{name}" for name in (f"{path.parts[1]}/", f"test_{path.parts[1]}"))
+    own = [test for test in chosen if test.startswith(room)]
+    return [*quickest(own, OWN), *quickest({*chosen} - {*own}, OTHERS)]
+
+
+def quickest(tests: Iterable[str], room: float) -> list[str]:
+    """Return the quickest of these tests, as many as take so many seconds together, but three at least."""
     seconds = durations()
-    quickest = sorted(dict.fromkeys(chosen), key=lambda test: seconds[test])
-    together = accumulate(seconds[test] for test in quickest)
-    quick = [number < 3 or total < QUICK for number, total in enumerate(together)]
-    if which == "quick":
-        return list(compress(quickest, quick))
-    return [test for test, done in zip(quickest, quick, strict=True) if not done and seconds[test] < SLOW]
+    found = sorted(tests, key=lambda test: (seconds[test], test))
+    together = accumulate(seconds[test] for test in found)
+    return [
+        test for number, (test, total) in enumerate(zip(found, together, strict=True)) if number < 3 or total < room
+    ]
 
 
 def tests_beside(path: Path) -> list[str]:
@@ -284,7 +284,6 @@ def ask() -> int:
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(SOCKET)
-            connection.sendall(os.environ["MUTANTS_TESTS"].encode())
             return abs(int(connection.recv(16)))
     except (OSError, ValueError):
         return 0
