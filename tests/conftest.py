@@ -38,7 +38,7 @@ def guard() -> None:
     import peft_gradguard
 
     assert peft_gradguard.is_enabled()
-    # With torch 2.0 each training has this record, which says so and no more.
+    # With torch before 2.4 each training has this record, which says so and no more.
     logging.getLogger("peft_gradguard").addFilter(lambda record: not lacks_what_scores_take(record))
 
 

@@ -48,10 +48,10 @@ def start(way: str = ".start") -> None:
 
 def say(message: str) -> None:
     """Write one line to stderr, if there is one."""
-    # A program without a console has none, or a closed one.
+    # A program without a console has none, or a closed one, or something else in its place.
     try:
         print(f"peft_gradguard: {message}", file=sys.stderr)
-    except (OSError, ValueError):
+    except Exception:
         return
 
 
@@ -147,5 +147,6 @@ def _warn_of(value: str) -> None:
         )
         try:
             warnings.warn(message, RuntimeWarning, stacklevel=3)
-        except RuntimeWarning:
+        # It may be an error here, or somebody's way to show it fails.
+        except Exception:
             say(message)

@@ -104,6 +104,25 @@ def test_warnings_as_errors(environment: Environment) -> None:
     assert ran.stderr.startswith("peft_gradguard: PEFT_GRADGUARD='perhaps' is not understood")
 
 
+@pytest.mark.parametrize("flushes_only", [False, True])
+def test_a_warning_that_cannot_be_shown_stops_nothing(version: str, tmp_path: Path, flushes_only: bool) -> None:
+    ours = str(target(version) / AUTOLOAD / "sitecustomize.py")
+    users = write(
+        tmp_path / "sitecustomize.py",
+        f"""import runpy, sys, types, warnings
+warnings.showwarning = None
+if {flushes_only}:
+    sys.stderr = types.SimpleNamespace(flush=lambda: None)
+runpy.run_path({ours!r})""",
+    )
+    ran = run(
+        python(version), "-c", "print('runs')", PEFT_GRADGUARD="perhaps", PYTHONPATH=paths(users, target(version))
+    )
+    assert (ran.returncode, ran.stdout) == (0, "runs\n")
+    said = "peft_gradguard: PEFT_GRADGUARD='perhaps' is not understood" in ran.stderr
+    assert said is not flushes_only
+
+
 def test_peft_that_somebody_elses_start_up_code_has_imported(version: str, tmp_path: Path) -> None:
     ours = str(target(version) / AUTOLOAD / "sitecustomize.py")
     users = write(tmp_path / "sitecustomize.py", f"import peft, runpy; runpy.run_path({ours!r})")

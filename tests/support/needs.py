@@ -8,7 +8,7 @@ import transformers
 
 HAS_OPTIMIZER_STEP = hasattr(transformers.TrainerCallback, "on_optimizer_step")
 SCORES_TOGETHER = hasattr(torch.Tensor, "_use_count")
-"""Torch 2.0 does not tell who holds a tensor: there PEFT's own code scores."""
+"""Torch before 2.4 does not tell who holds a tensor: there PEFT's own code scores."""
 NO_OPTIMIZER_STEP = "this transformers has no event on_optimizer_step (before 4.44)"
 
 optimizer_step_event = pytest.mark.skipif(not HAS_OPTIMIZER_STEP, reason=NO_OPTIMIZER_STEP)
