@@ -16,6 +16,11 @@ def some_of(names: Sequence[str]) -> str:
     return " and ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} more"
 
 
+def are(names: Sequence[str]) -> str:
+    """Return the verb that follows them."""
+    return "are" if names[1:] else "is"
+
+
 class NoGradientError(RuntimeError, TypeError):
     """No AdaLoRA parameter of the adapter has a gradient, so that nothing can be scored.
 

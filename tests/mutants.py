@@ -169,12 +169,10 @@ def tests_for(path: Path, before: str) -> list[str]:
         return []
     changed = next(number for number, pair in enumerate(zip_longest(lines, now), 1) if pair[0] != pair[1])
     ran = contexts(str(path))
-    chosen = [test for line in statement(before, changed) for test in ran.get(line, ())]
-    if not chosen:
-        chosen = tests_beside(path)
+    chosen = {test for line in statement(before, changed) for test in ran.get(line, ())} or {*tests_beside(path)}
     room = tuple(f"tests/{name}" for name in (f"{path.parts[1]}/", f"test_{path.parts[1]}"))
-    own = [test for test in chosen if test.startswith(room)]
-    return [*quickest(own, OWN), *quickest({*chosen} - {*own}, OTHERS)]
+    own = {test for test in chosen if test.startswith(room)}
+    return [*quickest(own, OWN), *quickest(chosen - own, OTHERS)]
 
 
 def quickest(tests: Iterable[str], room: float) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from ..errors import some_of
 from ..late.order import Order
 from ..memory.counts import Count
-from ..memory.memory import known_memory
+from ..memory.memory import Memory, known_memory
 from ..model.marks import is_dtensor, whole_shape
 from ..model.parameters import energies, whole_triplets
 from ..model.pattern import budget_name, pattern_by_full_name
@@ -134,7 +134,8 @@ class _Allocator:
                     parameter.parameter.copy_(state[f"weight.{parameter.name}"])
         allocator.init_bgt, allocator.target_bgt = state["budget"].tolist()
         allocator.name_set = sorted(map(budget_name, _those(self.triplets, state["counted"])))
-        step, skipped, order, names = state["progress"].tolist()
+        last, skipped, order, names = state["progress"].tolist()
+        step = _step(last)
         self.config.rank_pattern = (
             None
             if names == NO_PATTERN
@@ -146,11 +147,11 @@ class _Allocator:
             }
         )
         memory = memory_for(allocator)
-        memory.called = memory.called or step != NOWHERE
+        memory.called = memory.called or step is not None
         memory.loaded = memory.other_ranks = False
         memory.seen.came_with = None
         memory.late.take_up(ORDERS[order], self.parameters)
-        memory.counts.step = None if step == NOWHERE else step
+        memory.counts.step = step
         memory.counts.skipped = skipped
         memory.counts.importance = {
             t.E.module: value
@@ -180,9 +181,7 @@ class _Allocator:
             )
 
     def _counts(self) -> _Counts:
-        memory = known_memory(self.allocator)
-        if memory is None:
-            return _Counts(NOWHERE, 0, ORDERS.index(Order.IN_TIME), {}, {}, {})
+        memory = known_memory(self.allocator) or Memory(self.adapter)
         counts = memory.counts
         step = NOWHERE if counts.step is None else counts.step
         behind = counts.scored_of([p.name for p in self.parameters])

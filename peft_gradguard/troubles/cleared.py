@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ..errors import some_of
+from ..errors import are, some_of
 from ..late.optimizers import StepListener, listen, listen_no_more
 from ..model.gradients import magnitudes
 from ..model.parameters import NO_GRADIENT
@@ -87,10 +87,9 @@ def _was_never_seen(call: AllocatorCall, parameter: AdaLoraParameter, gradients:
 
 
 def _say(call: AllocatorCall, names: list[str]) -> None:
-    are = "is" if len(names) == 1 else "are"
     words = call.memory.seen.troubles[TOPIC] = (
-        f"AdaLoRA never sees gradients that an optimizer uses {call.at}: those of {some_of(names)} {are} gone before "
-        "each call, so their modules are not ranked by what they learn. With several optimizers, call "
+        f"AdaLoRA never sees gradients that an optimizer uses {call.at}: those of {some_of(names)} {are(names)} gone "
+        "before each call, so their modules are not ranked by what they learn. With several optimizers, call "
         "update_and_allocate after the last one's step, and before the first zero_grad."
     )
     call.memory.said.warn_once(TOPIC, "%s", words)

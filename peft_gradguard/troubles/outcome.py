@@ -97,11 +97,11 @@ def note_that_a_copy_goes_on(call: AllocatorCall) -> None:
     A copy comes with the scores of what it was copied from.
     """
     for other in not_judged() if call.scored else ():
-        memory = other.memory
-        if isinstance(other, _Early) and memory is not call.memory and memory.adapter == call.memory.adapter:
-            scored = {name for name, count in memory.counts.of_each().items() if count.scored}
+        if isinstance(other, _Early):
+            counts = other.memory.counts
+            scored = {name for name, count in counts.of_each().items() if count.scored}
             if scored == call.scored.keys():
-                other.copied_at = memory.counts.step
+                other.copied_at = counts.step
 
 
 class _Early(Ending):

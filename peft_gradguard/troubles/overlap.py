@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import peft
 
-from ..errors import some_of
+from ..errors import are, some_of
 from ..model.parameters import modules_inside_modules_to_save
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def advice_on_overlap(inside: Iterable[str]) -> Iterator[str]:
             if cannot_reload_overlap(peft.__version__)
             else "PEFT saves them whole, so they are never pruned"
         )
-        are = "is" if len(modules) == 1 else "are"
         yield (
-            f"{some_of(modules)} {are} targeted by AdaLoRA and inside modules_to_save: {hurts}. "
+            f"{some_of(modules)} {are(modules)} targeted by AdaLoRA and inside modules_to_save: {hurts}. "
             "Narrow target_modules so that it leaves them out."
         )

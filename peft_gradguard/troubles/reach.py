@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import are, some_of
 from ..model.adapters import checkpoints_without_gradient, idle_layers
 
 if TYPE_CHECKING:
@@ -33,8 +34,10 @@ def _cause(call: AllocatorCall) -> str:
     model, adapter = call.view.__wrapped__, call.memory.adapter
     layers = idle_layers(model, (parameter.module for parameter in call.parameters), adapter)
     if layers.merged:
-        are = f"{layers.merged[0]} is" if len(layers.merged) == 1 else f"{len(layers.merged)} layers are"
-        return f"{are} merged into the base weights, where no adapter trains: call model.unmerge_adapter()."
+        return (
+            f"{some_of(layers.merged)} {are(layers.merged)} merged into the base weights, where no adapter trains: "
+            "call model.unmerge_adapter()."
+        )
     if layers.disabled:
         return "The adapter is disabled: call model.base_model.enable_adapter_layers()."
     if layers.active:

@@ -86,7 +86,7 @@ class Watch(Ending):
 
     def _say_whose(self, energy: torch.Tensor) -> None:
         if not self._orphaned:
-            if self.memory.seen.came_with is not None and len(energy) == len(self.cut_to) and not all(self.cut_to):
+            if self.memory.seen.came_with is not None and self.cut_to and len(energy) > sum(self.cut_to):
                 self.memory.said.warn_once(PATTERN, "%s", anothers_pattern(self.memory.adapter))
             return
         self._done = True

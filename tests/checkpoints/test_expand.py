@@ -112,10 +112,12 @@ def test_more_ranks_than_the_model_has() -> None:
     assert not saved.can_be_put_back
 
 
-def test_a_model_that_is_flat_pieces() -> None:
+@pytest.mark.parametrize("shape", [(12,), (4, 3, 1)])
+def test_a_model_of_other_dimensions(shape: tuple[int, ...]) -> None:
+    """FSDP1 has flat pieces."""
     live = triplet()
-    flat = live._replace(A=live.A._replace(parameter=nn.Parameter(torch.zeros(12))))
-    (saved,) = saved_triplets([flat], cut(), "there.")
+    other = live._replace(A=live.A._replace(parameter=nn.Parameter(torch.zeros(shape))))
+    (saved,) = saved_triplets([other], cut(), "there.")
     assert not saved.can_be_put_back
 
 
@@ -125,6 +127,8 @@ def test_the_pattern_of_a_larger_adapter_fits_no_whole_state() -> None:
         for factor, shape in {"A": (4, 3), "B": (2, 4), "E": (4, 1)}.items()
     }
     saved = saved_triplets([triplet()], state, "there.")
+    assert saved[0].is_whole
+    assert saved[0].can_be_put_back
     assert keeps_of(saved, {"block.lora_E": [True] * 5}, "default") is None
     assert keeps_of(saved, {"block.lora_E": KEEP}, "default") == {NAMES["E"]: KEEP}
 

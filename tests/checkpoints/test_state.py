@@ -15,12 +15,24 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from scenarios import FINALISING, TOTAL, adalora_config, branches, build, frozen, loss_of, sometimes, two_branches
+from scenarios import (
+    FINALISING,
+    TOTAL,
+    adalora_config,
+    branches,
+    build,
+    frozen,
+    loss_of,
+    sometimes,
+    two_branches,
+    vectors,
+)
 
 import peft_gradguard
 from peft_gradguard import AllocatorState
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Callable
     from pathlib import Path
 
@@ -223,6 +235,18 @@ def test_a_training_that_was_over_is_not_judged_again(said: Callable[[], list[st
     assert not [text for text in said() if "never settled" in text]
 
 
+def test_a_training_that_goes_on_by_hand_is_not_judged(records: list[logging.LogRecord]) -> None:
+    first, (again, _) = trained(9), made()
+    AllocatorState(again).load_state_dict(AllocatorState(first).state_dict())
+    loss_of(again, vectors(10), True).backward()
+    again.base_model.rankallocator.update_ipt(again.base_model.model)
+    del again
+    gc.collect()
+    made()
+    assert not [record for record in records if record.exc_info or "stopped after" in record.getMessage()]
+    assert first is not None
+
+
 def test_the_tensors_are_copies() -> None:
     model, optimizer = made()
     train(model, optimizer, 1, 8)
@@ -233,6 +257,10 @@ def test_the_tensors_are_copies() -> None:
     AllocatorState(again).load_state_dict(state)
     train(again, made()[1], 9, 10)
     assert all(torch.equal(kept[name].nan_to_num(-1), tensor.nan_to_num(-1)) for name, tensor in state.items())
+    there = facts(again)
+    for tensor in state.values():
+        tensor.fill_(1)
+    assert same(facts(again), there)
 
 
 def other_adapter() -> peft.PeftModel:

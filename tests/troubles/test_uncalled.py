@@ -303,6 +303,24 @@ def test_what_has_ended_is_said_at_any_occasion(occasion: str, records: list[log
 
 
 @pytest.mark.peft
+@needs.hook_after_accumulation
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_an_adapter_of_which_the_ranks_were_taken_by_hand(ranks: int, records: list[logging.LogRecord]) -> None:
+    model = make()
+    inputs = torch.randn(2, 4, requires_grad=True)
+    model(inputs).pow(2).mean().backward()
+    for name, parameter in model.named_parameters():
+        for factor, shape in {"A": (ranks, 4), "B": (4, ranks), "E": (ranks, 1)}.items():
+            if f".lora_{factor}." in name:
+                parameter.grad, parameter.data = None, torch.ones(shape)
+    model(inputs).pow(2).mean().backward()
+    del model
+    gc.collect()
+    make()
+    assert bool(never_called(records)) is (ranks == 2)
+
+
+@pytest.mark.peft
 @pytest.mark.parametrize("way", ["meta", "subclass"])
 def test_what_cannot_be_looked_at_was_not_trained(way: str, records: list[logging.LogRecord]) -> None:
     class Subclass(torch.Tensor):

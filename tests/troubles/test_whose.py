@@ -96,11 +96,20 @@ def test_config_made_of_a_used_one(said: Callable[[], list[str]], how: str) -> N
 
 
 @needs.hook_after_accumulation
-def test_one_config_for_two_trainings_without_calls(said: Callable[[], list[str]]) -> None:
+@pytest.mark.parametrize("init_r", [3, 4, 5])
+def test_one_config_for_two_trainings_without_calls(said: Callable[[], list[str]], init_r: int) -> None:
     shared = config()
     train(peft.get_peft_model(TwoLayers(), shared))
+    shared.init_r = init_r
     train(peft.get_peft_model(TwoLayers(), shared), range(1, 5), allocate=lambda model, step: None)
-    assert any("rank_pattern of another training" in text for text in said())
+    assert ["rank_pattern of another training" in text for text in said()] == [True]
+
+
+@needs.hook_after_accumulation
+def test_a_pattern_that_cuts_nothing_is_no_trouble(said: Callable[[], list[str]]) -> None:
+    shared = config(rank_pattern={f"{name}.lora_E.default": [True] * 4 for name in ("first", "second")})
+    train(peft.get_peft_model(TwoLayers(), shared), range(1, 5), allocate=lambda model, step: None)
+    assert said() == []
 
 
 def test_new_config_for_each_training_is_no_trouble(said: Callable[[], list[str]]) -> None:
