@@ -57,8 +57,6 @@ class _Steps(StepListener):
         self.calls += 1
         self.uses_what_was_seen = False
         """Whether a step since the last call has used the gradient which that call has seen."""
-        self.is_doubtful = False
-        """Whether a step has used that very tensor, written to since: by a clipping, or by another backward."""
         self.left: _Gradient | None = None
         """The gradient as the last step has left it."""
         self.backward_came = False
@@ -108,10 +106,8 @@ class _Steps(StepListener):
             return
         if self._hooked == id(energy):
             self.uses_what_was_seen |= not self.backward_came
-        elif self._seen.is_as_it_was(energy.grad):
-            self.uses_what_was_seen = True
         else:
-            self.is_doubtful = True
+            self.uses_what_was_seen |= self._seen.is_as_it_was(energy.grad)
 
 
 def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
@@ -140,9 +136,9 @@ def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
             if before:
                 _say(call)
             return
-        if steps.is_doubtful:
-            with harmless("see the backwards of a parameter"):
-                steps.see_backwards(energy)
+        # The tensor may have been written to since: by a clipping, or by another backward.
+        with harmless("see the backwards of a parameter"):
+            steps.see_backwards(energy)
     steps.begin(energy)
 
 

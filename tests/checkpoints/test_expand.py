@@ -131,6 +131,7 @@ def test_the_pattern_of_a_larger_adapter_fits_no_whole_state() -> None:
     assert saved[0].can_be_put_back
     assert keeps_of(saved, {"block.lora_E": [True] * 5}, "default") is None
     assert keeps_of(saved, {"block.lora_E": KEEP}, "default") == {NAMES["E"]: KEEP}
+    assert keeps_of(saved, {}, "default") == {NAMES["E"]: [True] * 4}
 
 
 def test_a_state_without_one_of_the_three_is_let_be() -> None:

@@ -238,20 +238,20 @@ def test_tensors_that_torch_puts_back() -> None:
 
 
 @pytest.mark.peft
-def test_only_the_last_patterns_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_gradguard.checkpoints import load
+def test_only_the_last_patterns_are_remembered() -> None:
     from peft_gradguard.memory.memory import known_memory
 
-    monkeypatch.setattr(load, "REMEMBERED", 2)
-    model = trained(6)
-    optimizer, patterns = None, []
-    for step in (8, 10, 12):
-        optimizer = train(model, step - 1, step, optimizer)
+    model, patterns = trained(MASKED), []
+    config = model.peft_config["default"]
+    first, second, *_ = config.rank_pattern
+    for number in range(70):
+        bits = [[bool(number >> row & 1) for row in range(start, start + INIT_R)] for start in (0, INIT_R)]
+        patterns.append({**config.rank_pattern, first: bits[0], second: bits[1]})
+        config.rank_pattern = patterns[-1]
         peft.get_peft_model_state_dict(model)
-        patterns.append(model.peft_config["default"].rank_pattern)
     memory = known_memory(model.base_model.rankallocator)
     assert memory is not None
-    assert memory.cut == patterns[1:]
+    assert memory.cut == patterns[-64:]
 
 
 @pytest.mark.peft
@@ -337,6 +337,18 @@ def test_lora_loads_as_ever() -> None:
     model = lora()
     model.load_adapter("saved", "default", is_trainable=True)
     assert same(model, lora())
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("step", [BETWEEN, TOTAL])
+def test_one_that_was_cut_without_the_guard(step: int) -> None:
+    """Plain PEFT fails there, with an IndexError."""
+    trained(step).save_pretrained("saved")
+    with peft_gradguard.disabled():
+        model = peft.PeftModel.from_pretrained(base(), "saved", is_trainable=True)
+    expected = logits(model)
+    model.load_adapter("saved", "default", is_trainable=True)
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.peft

@@ -88,15 +88,17 @@ def test_budget_that_was_counted_before_the_ranks_were_cut(init: int, words: str
         train(model)
 
 
-def test_other_errors_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", [3, FINAL])
+def test_other_errors_stay_what_they_are(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     import torch
 
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
-    model = make()
-    train(model, range(1, 3))
+    # All ranks are to be pruned at the last masking step.
+    model = make(target_r=0)
+    train(model, range(1, step))
     monkeypatch.setattr(torch, "kthvalue", fails)
     with pytest.raises(RuntimeError, match="out of memory") as raised:
-        train(model, range(3, 4))
+        train(model, [step])
     assert type(raised.value) is RuntimeError
