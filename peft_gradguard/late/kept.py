@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ..model.parameters import AdaLoraParameter
+    from .optimizers import Backward
 
 
 class Kept(NamedTuple):
@@ -43,7 +45,8 @@ class KeptGradients(StepListener):
         super().__init__()
         self.listens = False
         """Whether it has begun and is not closed."""
-        self._hooked: dict[int, torch.nn.Parameter] = {}
+        self._hooked: WeakValueDictionary[int, Backward] = WeakValueDictionary()
+        """By the id of a parameter, the hook on it, which goes away with it."""
         self._forget()
 
     def _forget(self) -> None:
@@ -70,19 +73,17 @@ class KeptGradients(StepListener):
         self.listens = True
         self.follow(parameters)
         # A call that has scored nothing begins: what it has found, zeros, the next step may still use.
-        self._fresh.update(key for key, parameter in self._watched.items() if parameter.grad is not None)
+        self._fresh.update(id(p.parameter) for p in parameters if p.parameter.grad is not None)
         listen(self)
 
     def follow(self, parameters: Sequence[AdaLoraParameter]) -> None:
         """From now on keep the gradients of these parameters."""
         self.watch(parameter.parameter for parameter in parameters)
-        self._hooked = {key: parameter for key, parameter in self._hooked.items() if key in self._watched}
-        for key, parameter in self._watched.items():
-            if parameter.requires_grad and key not in self._hooked:
+        for parameter in (p.parameter for p in parameters):
+            if parameter.requires_grad and id(parameter) not in self._hooked:
                 # Torch refuses some; then gradients are told from each other by their identity.
                 with harmless("see the gradients of a parameter come"):
-                    self.see_backwards(parameter)
-                    self._hooked[key] = parameter
+                    self._hooked[id(parameter)] = self.see_backwards(parameter)
 
     def step_was_left_out(self) -> bool:
         """Say whether, since the last call, gradients came but no optimizer used them: a ``GradScaler``'s overflow."""

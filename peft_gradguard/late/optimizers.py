@@ -31,20 +31,21 @@ _listeners: tuple[weakref.ref[StepListener], ...] = ()
 class StepListener:
     """Hears of the steps of optimizers that hold some of its parameters. Known weakly.
 
-    It holds its parameters: ``torch.utils.swap_tensors``, which ``Module.to`` may use, refuses those known weakly.
+    It knows its parameters by id alone. One may refer to its model, as by a hook of the user's, which it would keep
+    alive; and ``torch.utils.swap_tensors``, which ``Module.to`` may use, refuses those that are known weakly.
     """
 
     def __init__(self) -> None:
-        self._watched: dict[int, torch.nn.Parameter] = {}
+        self._watched: frozenset[int] = frozenset()
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """From now on hear of the steps on these parameters."""
-        self._watched = {id(parameter): parameter for parameter in parameters}
+        self._watched = frozenset(map(id, parameters))
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
         """Return those of its parameters that the optimizer holds."""
-        held = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        return [parameter for parameter in held if self._is_watched(parameter)]
+        watched = self._watched
+        return [p for group in optimizer.param_groups for p in group["params"] if id(p) in watched]
 
     def _is_watched(self, parameter: torch.nn.Parameter) -> bool:
         return id(parameter) in self._watched
@@ -55,15 +56,17 @@ class StepListener:
     def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """Hear that an optimizer has stepped these parameters. Where steps call others, the inner one comes first."""
 
-    def see_backwards(self, parameter: torch.nn.Parameter) -> None:
+    def see_backwards(self, parameter: torch.nn.Parameter) -> Backward:
         """From now on hear of the backwards that reach it. The hook stays: to take it out might disturb torch."""
-        parameter.register_hook(_Backward(self, parameter))  # type: ignore[no-untyped-call]
+        hook = Backward(self, parameter)
+        parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+        return hook
 
     def after_backward(self, parameter_id: int, gradient: torch.Tensor) -> None:
         """Hear that a backward has reached a parameter, where that is seen, and what it brings."""
 
 
-class _Backward:
+class Backward:
     """A hook on a parameter: a backward has come. Knows its listener weakly, and does nothing once it is gone."""
 
     # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
@@ -74,6 +77,7 @@ class _Backward:
         self._id = id(parameter)
 
     def __call__(self, gradient: torch.Tensor) -> None:
+        """Pass it on (the hook)."""
         listener = self._listener()
         if listener is not None:
             listener.after_backward(self._id, gradient)

@@ -198,7 +198,7 @@ def _ranks(look: Look, module: str, parts: list[AdaLoraParameter]) -> tuple[int,
     for part in parts:
         if part.name in look.pattern:
             return len(look.pattern[part.name]), sum(look.pattern[part.name])
-        started = look.layer_ranks.get(module, 0)
+    started = look.layer_ranks.get(module, 0)
     for energy in (part.parameter for part in energies(parts)):
         if whole_shape(energy):
             started = whole_shape(energy)[0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import are, some_of
 from ..late.optimizers import StepListener, listen, listen_no_more
-from ..model.gradients import magnitudes
+from ..model.gradients import is_captured, magnitudes
 from ..model.parameters import NO_GRADIENT
 
 if TYPE_CHECKING:
@@ -30,13 +30,14 @@ class _Steps(StepListener):
         super().__init__()
         self.calls = 0
         self.used: set[int] = set()
-        """The ids of parameters that had a gradient in a step since the last call."""
+        """The ids of parameters that had a gradient in their last step since the last call."""
         self.unseen: Counter[str] = Counter()
         """How often that was so, and the call saw none."""
         self.watch(parameters)
 
     def before_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
-        """See which gradients the step has; a closure makes others."""
+        """See which gradients the step has; a closure makes others. Those of earlier steps were cleared in time."""
+        self.used.difference_update(map(id, held))
         if not has_closure:
             self._look(held)
 
@@ -45,7 +46,7 @@ class _Steps(StepListener):
         self._look(held)
 
     def _look(self, held: list[torch.nn.Parameter]) -> None:
-        there = [p for p in held if p.grad is not None and not p.grad.is_meta and id(p) not in self.used]
+        there = [p for p in held if id(p) not in self.used and _can_be_read(p.grad)]
         sizes = magnitudes([p.grad for p in there if p.grad is not None])
         for parameter, size in zip(there, sizes or (), strict=sizes is not None):
             if size:
@@ -71,8 +72,20 @@ def watch_for_cleared_gradients(call: AllocatorCall, gradients: StepGradients) -
     if found:
         _say(call, found)
     if found or not waiting or steps.calls >= CALLS:
-        seen.listeners[TOPIC] = None
+        watch_no_more(call)
+
+
+def watch_no_more(call: AllocatorCall) -> None:
+    """Listen to no step any more; from the finalising step on nothing is scored."""
+    steps = call.memory.seen.listeners.get(TOPIC)
+    if steps is not None:
+        call.memory.seen.listeners[TOPIC] = None
         listen_no_more(steps)
+
+
+def _can_be_read(gradient: torch.Tensor | None) -> bool:
+    # To read a value while a CUDA graph is recorded would break it.
+    return gradient is not None and not gradient.is_meta and not is_captured(gradient)
 
 
 def _was_never_seen(call: AllocatorCall, parameter: AdaLoraParameter, gradients: StepGradients) -> bool:

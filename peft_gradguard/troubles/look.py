@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..log import harmless
 from ..model.schedule import final_step
-from .cleared import watch_for_cleared_gradients
+from .cleared import watch_for_cleared_gradients, watch_no_more
 from .order import watch_the_order
 from .outcome import judge_the_end_of, note_that_a_copy_goes_on, warn_in_final_phase, warn_of_lost_names, warn_of_ranks
 from .pruned import warn_of_pruned_adapter
@@ -58,6 +58,8 @@ def look_after_masking(call: AllocatorCall, result: tuple[int, RankPattern | Non
         call.memory.seen.final_step = final_step(config)
         warn_of_ranks(call, budget, pattern)
         watch_the_order(call, pattern)
+        if not call.scoring_is_due:
+            watch_no_more(call)
 
 
 def look_in_final_phase(call: AllocatorCall, pattern: RankPattern | None, masked: RankPattern) -> None:

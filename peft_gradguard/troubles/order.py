@@ -19,6 +19,7 @@ from ..log import harmless
 from ..model.gradients import is_captured
 from ..model.marks import deepspeed_holds_gradient
 from ..model.parameters import energies
+from ..model.pattern import pattern_by_full_name
 
 if TYPE_CHECKING:
     from ..model.pattern import RankPattern
@@ -49,6 +50,8 @@ class _Steps(StepListener):
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
+        self.left: _Gradient | None = None
+        """The gradient as the last step has left it."""
         self._hooked: int | None = None
         """The id of the E whose backwards are seen."""
 
@@ -57,23 +60,23 @@ class _Steps(StepListener):
         self.calls += 1
         self.uses_what_was_seen = False
         """Whether a step since the last call has used the gradient which that call has seen."""
-        self.left: _Gradient | None = None
-        """The gradient as the last step has left it."""
+        self.left = None
         self.backward_came = False
         """Whether a backward has reached E since the last call, where that is seen."""
         self._seen = _gradient_of(energy)
-        self._values = energy.detach().clone()
+        self._zero = energy.detach() == 0
+        """The ranks that are pruned."""
         self._began_with: _Gradient | None = None
         """The gradient with which the step under way began."""
         self._is_inside = True
         """Whether the call came from inside of the step under way."""
         self.watch([energy])
 
-    def see_backwards(self, parameter: torch.nn.Parameter) -> None:
-        """See them from now on, by one hook."""
-        if self._hooked != id(parameter):
-            super().see_backwards(parameter)
-            self._hooked = id(parameter)
+    def see_them_come(self, energy: torch.nn.Parameter) -> None:
+        """See the backwards that reach it from now on, by one hook."""
+        if self._hooked != id(energy):
+            self.see_backwards(energy)
+            self._hooked = id(energy)
 
     def after_backward(self, parameter_id: int, gradient: torch.Tensor) -> None:
         """Note that one has come."""
@@ -91,13 +94,13 @@ class _Steps(StepListener):
             self._look(energy)
 
     def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
-        """See what the step has left. One that had begun before the call has changed E after it."""
+        """See what the step has left. One that had begun before the call may have written over its mask."""
         energy, *_ = held
         if has_closure and self._began_with is not None and self._began_with.is_as_it_was(energy.grad):
             # The closure has made no other: Lightning gives every step one, be it to do nothing.
             self._look(energy)
         if self._is_inside:
-            self.uses_what_was_seen |= not torch.equal(self._values, energy.detach())
+            self.uses_what_was_seen |= bool(energy.detach()[self._zero].any())
         self.left = _gradient_of(energy)
 
     def _look(self, energy: torch.nn.Parameter) -> None:
@@ -119,16 +122,16 @@ def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
     if steps is None and (not pattern or all(map(all, pattern.values()))):
         # Nothing is pruned yet.
         return
-    plain = (p.parameter for p in energies(call.parameters) if p.shard is None and _is_plain(p.parameter))
-    energy = next(plain, None)
-    if energy is None or call.memory.late.order is not Order.IN_TIME:
+    plain = [p for p in energies(call.parameters) if p.shard is None and _is_plain(p.parameter)]
+    if not plain or call.memory.late.order is not Order.IN_TIME:
         _close(call, steps)
         return
     if not isinstance(steps, _Steps):
-        steps = _Steps()
-        seen.listeners[TOPIC] = steps
+        steps = seen.listeners[TOPIC] = _Steps()
         listen(steps)
-    elif steps.left is not None and steps.follows(energy):
+    named = dict(pattern_by_full_name(plain, pattern or {}, call.memory.adapter))
+    energy = min(plain, key=lambda p: (not steps.follows(p.parameter), all(named.get(p.name, ())))).parameter
+    if steps.left is not None and steps.follows(energy):
         in_time = steps.left.is_as_it_was(energy.grad)
         before = steps.uses_what_was_seen and not in_time
         if before or in_time or steps.calls >= CALLS:
@@ -138,7 +141,7 @@ def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
             return
         # The tensor may have been written to since: by a clipping, or by another backward.
         with harmless("see the backwards of a parameter"):
-            steps.see_backwards(energy)
+            steps.see_them_come(energy)
     steps.begin(energy)
 
 

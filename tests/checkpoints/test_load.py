@@ -243,15 +243,15 @@ def test_only_the_last_patterns_are_remembered() -> None:
 
     model, patterns = trained(MASKED), []
     config = model.peft_config["default"]
-    first, second, *_ = config.rank_pattern
+    names, (_, _, *others) = list(config.rank_pattern), config.rank_pattern.values()
     for number in range(70):
-        bits = [[bool(number >> row & 1) for row in range(start, start + INIT_R)] for start in (0, INIT_R)]
-        patterns.append({**config.rank_pattern, first: bits[0], second: bits[1]})
-        config.rank_pattern = patterns[-1]
+        first = [bool((number % 63 + 1) >> row & 1) for row in range(INIT_R)]
+        patterns.append([first, [True] * (INIT_R - 1) + [number < 63], *others])
+        config.rank_pattern = dict(zip(names, patterns[-1], strict=True))
         peft.get_peft_model_state_dict(model)
     memory = known_memory(model.base_model.rankallocator)
     assert memory is not None
-    assert memory.cut == patterns[-64:]
+    assert [list(pattern.values()) for pattern in memory.cut] == patterns[-64:]
 
 
 @pytest.mark.peft

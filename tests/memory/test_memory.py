@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
+import torch
 from reported import only
 from scenarios import FINALISING, INIT_R, TARGET_R, branches, build
+from situations import make, optimizer_of, train
 from steps import advance, new_model
 
 import peft_gradguard
@@ -24,6 +27,38 @@ def test_nothing_keeps_model_or_allocator_alive() -> None:
     del model
     gc.collect()
     assert [reference() for reference in references] == [None, None]
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("way", ["in time", "late", "before", "one rests"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("mark", ["attribute", "hook"])
+def test_parameters_that_know_their_model_let_it_go(way: str, set_to_none: bool, mark: str) -> None:
+    model = make()
+    for parameter in model.parameters():
+        if mark == "attribute":
+            parameter.model = model
+        elif parameter.requires_grad:
+            parameter.register_hook(lambda gradient, model=model: None)
+    optimizer = optimizer_of(model)
+    if way == "one rests":
+        model.base_model.model.first.forward = lambda inputs: inputs
+    train(
+        model,
+        range(1, 8),
+        order="in time" if way == "one rests" else way,
+        optimizer=optimizer,
+        loss=bare,
+        **{"set_to_none": set_to_none},
+    )
+    gone = weakref.ref(model)
+    del model, optimizer, parameter
+    gc.collect()
+    assert gone() is None
+
+
+def bare(model: Any, step: int) -> torch.Tensor:
+    return model(torch.randn(8, 6)).logits.square().mean()
 
 
 def test_report_without_the_guard_leaves_no_memory() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from situations import TOTAL, call, loss_of, make, optimizer_of
+from situations import FINAL, TOTAL, call, loss_of, make, optimizer_of
 
 import peft_gradguard
 
@@ -21,6 +21,13 @@ NAMED = "AdaLoRA never sees gradients that an optimizer uses"
 
 def named(said: Callable[[], list[str]]) -> list[str]:
     return [text for text in said() if NAMED in text]
+
+
+def listening() -> list[Any]:
+    from peft_gradguard.late import optimizers
+
+    gc.collect()
+    return [one for reference in optimizers._listeners if (one := reference()) is not None]
 
 
 def train_with_two(model: Any, early: bool, steps: range = range(1, TOTAL + 1), **zero_grad: Any) -> None:
@@ -160,6 +167,35 @@ def test_layer_that_rests_for_long_is_watched_no_longer(said: Callable[[], list[
         call(model, step)
         other.zero_grad()
     assert len(named(said)) == times
+
+
+def test_calls_at_each_fifth_step_of_a_branch_that_rests(said: Callable[[], list[str]]) -> None:
+    """What is used at another step, and cleared there, is gone before the call."""
+    model = make(total_step=100)
+    optimizer = optimizer_of(model)
+    for step in range(1, 60):
+        hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        if step % 5 == 2:
+            hidden = model.base_model.model.first(hidden)
+        model.base_model.model.second(hidden).square().mean().backward()
+        optimizer.step()
+        if step % 5 == 0:
+            call(model, step)
+        optimizer.zero_grad()
+    assert not named(said)
+
+
+def test_nobody_listens_once_the_ranks_are_settled() -> None:
+    model = make()
+    optimizer, before = optimizer_of(model), listening()
+    heard = []
+    for step in range(1, TOTAL + 1):
+        model.base_model.model.second(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+        call(model, step)
+        optimizer.zero_grad()
+        heard.append(listening() != before)
+    assert heard == [step < FINAL for step in range(1, TOTAL + 1)]
 
 
 def test_nobody_listens_where_e_begins_at_zero() -> None:

@@ -208,6 +208,49 @@ def test_call_from_a_hook_after_the_step(said: Callable[[], list[str]]) -> None:
     assert not named(said)
 
 
+class Decays(torch.optim.Optimizer):
+    """Lets an optimizer step, and makes all weights smaller after it; pruned ranks stay zero."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        super().__init__(inner.param_groups[0]["params"], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step(closure)
+        with torch.no_grad():
+            for parameter in self.inner.param_groups[0]["params"]:
+                self.change(parameter)
+
+    def change(self, parameter: torch.nn.Parameter) -> None:
+        parameter.mul_(0.99)
+
+
+class LooksAhead(Decays):
+    """Goes on half the way from where it was, which brings pruned ranks back."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner)
+        self.slow = {p: p.detach().clone() for p in inner.param_groups[0]["params"]}
+
+    def change(self, parameter: torch.nn.Parameter) -> None:
+        parameter.copy_(self.slow[parameter].lerp_(parameter.detach(), 0.5))
+
+
+@pytest.mark.parametrize(("kind", "times"), [(Decays, 0), (LooksAhead, 1)])
+def test_call_within_a_step_around_the_optimizers(
+    said: Callable[[], list[str]], kind: type[Decays], times: int
+) -> None:
+    model, now = make(), [0]
+    inner = optimizer_of(model)
+    inner.register_step_post_hook(lambda *_: call(model, now[0]))
+
+    def begin(model: Any, step: int) -> None:
+        now[0] = step
+
+    train(model, optimizer=kind(inner), before=begin, allocate=lambda model, step: None)
+    assert len(named(said)) == times
+
+
 def test_several_optimizers(said: Callable[[], list[str]]) -> None:
     model = make()
     optimizers = [optimizer_of(model, "first"), optimizer_of(model, "second")]
