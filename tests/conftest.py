@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,25 @@ def trainings_of_other_tests() -> Iterator[None]:
     if ended is not None:
         ended._endings.clear()
         ended._ended.clear()
+
+
+@pytest.fixture(autouse=True)
+def nothing_fails_in_silence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the guard would only log at level DEBUG, because it must not stop a training, fails a test."""
+    from peft_gradguard import log
+
+    failed: list[str] = []
+    say = log.say
+
+    def note(*args: Any, exc_info: bool = False, **options: Any) -> None:
+        if exc_info:
+            failed.append(traceback.format_exc())
+        say(*args, exc_info=exc_info, **options)
+
+    monkeypatch.setattr(log, "say", note)
+    yield
+    if request.node.get_closest_marker("fails_in_silence") is None:
+        assert not failed, "\n".join(failed)
 
 
 @pytest.fixture

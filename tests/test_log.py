@@ -201,6 +201,7 @@ class TimeIsUpError(Exception):
     pass
 
 
+@pytest.mark.fails_in_silence
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such signal here")
 @pytest.mark.parametrize("kind", ["a function", "a method"])
 def test_time_limit_that_ends_while_the_guard_is_at_work_is_the_programs(kind: str) -> None:

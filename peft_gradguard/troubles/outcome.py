@@ -62,10 +62,11 @@ def warn_of_lost_names(call: AllocatorCall, pattern: RankPattern | None, masked:
 def warn_in_final_phase(call: AllocatorCall, pattern: RankPattern | None) -> None:
     """Warn where the final phase begins without its first step, at which PEFT settles the ranks."""
     memory, config = call.memory, call.allocator.peft_config
-    seen, final = memory.seen, final_step(config)
-    if seen.settled:
+    seen = memory.seen
+    if seen.settled or config.total_step is None:
+        # Without a schedule, the pattern is masked by hand.
         return
-    seen.settled = True
+    seen.settled, final = True, final_step(config)
     if call.scored:
         last = memory.counts.step
         jump = "" if last is None else f" The last call before it was step {last}."

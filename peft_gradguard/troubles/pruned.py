@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 def ranks_cut(allocator: RankAllocator, rows: Mapping[str, int]) -> int | None:
     """Return how many ranks are there where PEFT has counted more, or None. ``rows``: those of E, by budget name."""
-    counted = list(allocator.name_set)
-    # Other names are those of other adapters (PEFT's substring test), or of modules that FSDP has wrapped since.
-    if not rows.keys() >= set(counted):
+    counted, budget = (vars(allocator).get(name) for name in ("name_set", "init_bgt"))
+    # A subclass may keep its budget elsewhere. Other names are those of other adapters (PEFT's substring test), or of
+    # modules that FSDP has wrapped since.
+    if counted is None or budget is None or not rows.keys() >= set(counted):
         return None
     there = sum(rows[name] for name in counted)
-    return there if there < allocator.init_bgt else None
+    return there if there < budget else None
 
 
 def warn_of_pruned_adapter(call: AllocatorCall) -> None:
