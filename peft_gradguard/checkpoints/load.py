@@ -174,11 +174,9 @@ def _cuts_what_is_used(
 ) -> bool:
     """Say whether a row that the pattern cuts has an E that is not zero."""
     for name, keep in pattern_by_full_name(adalora_parameters(tuner.model, adapter), rank_pattern, adapter):
-        energy = state_dict.get(PEFT_PREFIX + name)
-        if energy is not None and len(energy) == len(keep):
-            cut = torch.tensor(keep, device=energy.device).logical_not()
-            if energy[cut].any():
-                return True
+        energy = state_dict[PEFT_PREFIX + name]
+        if energy[torch.tensor(keep, device=energy.device).logical_not()].any():
+            return True
     return False
 
 
@@ -187,7 +185,7 @@ def _frame_of(function: str, argument: str, tuner: AdaLoraModel) -> dict[str, An
 
     PEFT hands the methods that it calls nothing of what it loads, and programs hold these functions by name.
     """
-    frame = sys._getframe(1)
+    frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == function and frame.f_globals.get("__name__", "").startswith("peft."):
             given = frame.f_locals.get(argument)

@@ -69,8 +69,7 @@ class StepListener:
 class Backward:
     """A hook on a parameter: a backward has come. Knows its listener weakly, and does nothing once it is gone."""
 
-    # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
-    __torch_unserializable__ = True
+    __torch_unserializable__ = "torch.multiprocessing sends the parameter without it, and without a warning"
 
     def __init__(self, listener: StepListener, parameter: torch.nn.Parameter) -> None:
         self._listener = weakref.ref(listener)

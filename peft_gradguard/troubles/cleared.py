@@ -89,9 +89,9 @@ def _can_be_read(gradient: torch.Tensor | None) -> bool:
 
 
 def _was_never_seen(call: AllocatorCall, parameter: AdaLoraParameter, gradients: StepGradients) -> bool:
-    """Say whether it is trainable, and neither this call nor one before has seen a gradient of it that is not zero."""
+    """Say whether it may be scored, and neither this call nor one before has seen a gradient of it that is not zero."""
     name = parameter.name
-    if parameter.shard is not None or parameter.excluded or not parameter.parameter.requires_grad:
+    if parameter.shard is not None:
         return False
     if gradients.reasons[name] == NO_GRADIENT:
         return name not in call.scored

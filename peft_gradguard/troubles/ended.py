@@ -32,15 +32,18 @@ class Ending:
         self.memory = memory
         self.ended = False
         """Whether the allocator is gone."""
-        self._process = os.getpid()
-        self._times_off = times_switched_off()
+        self._began = _where_it_runs()
 
     def judge(self) -> None:
         """Say what is wrong with the training that has ended."""
 
     def has_seen_all(self) -> bool:
         """Say whether this is the process, and the guard was on all the time: what it did not see may have been."""
-        return self._times_off == times_switched_off() and self._process == os.getpid()
+        return self._began == _where_it_runs()
+
+
+def _where_it_runs() -> tuple[int, int]:
+    return times_switched_off(), os.getpid()
 
 
 def judge_at_the_end(allocator: RankAllocator, ending: Ending) -> None:

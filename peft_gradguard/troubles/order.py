@@ -96,8 +96,8 @@ class _Steps(StepListener):
     def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """See what the step has left. One that had begun before the call may have written over its mask."""
         energy, *_ = held
-        if has_closure and self._began_with is not None and self._began_with.is_as_it_was(energy.grad):
-            # The closure has made no other: Lightning gives every step one, be it to do nothing.
+        if self._began_with is not None and self._began_with.is_as_it_was(energy.grad):
+            # A closure has made no other: Lightning gives every step one, be it to do nothing.
             self._look(energy)
         if self._is_inside:
             self.uses_what_was_seen |= bool(energy.detach()[self._zero].any())

@@ -124,9 +124,9 @@ ENOUGH = 5
 def stopped_early(memory: Memory) -> str | None:
     """Return what to say of a training whose last call came before the finalising step, if it is over."""
     step, final = memory.counts.step, memory.seen.final_step
-    if memory.seen.settled or step is None or final is None or step >= final:
+    if memory.seen.settled or step is None or final is None:
         return None
-    if max((count.scored for count in memory.counts.of_each().values()), default=0) < ENOUGH:
+    if not any(count.scored >= ENOUGH for count in memory.counts.of_each().values()):
         return None
     return (
         f"AdaLoRA's ranks were never settled (adapter {memory.adapter!r}): the training stopped after step {step}, but "

@@ -41,8 +41,9 @@ def _cause(call: AllocatorCall) -> str:
     if layers.disabled:
         return "The adapter is disabled: call model.base_model.enable_adapter_layers()."
     if layers.active:
+        other, *_ = layers.active
         return (
-            f"The active adapter is {layers.active[0]!r}, which this allocator does not rank: PEFT makes one, for the "
+            f"The active adapter is {other!r}, which this allocator does not rank: PEFT makes one, for the "
             "first adapter."
         )
     if checkpoints_without_gradient(model):

@@ -45,7 +45,7 @@ def wrong_schedule(config: AdaLoraConfig) -> Iterator[tuple[str, str]]:
             f"AdaLoRA's tinit={config.tinit} and tfinal={config.tfinal} leave none of the total_step={total} steps for "
             "pruning. Set total_step to the number of optimizer steps of the whole training, or lower tinit or tfinal.",
         )
-    elif config.deltaT > 0 and (final - 1) // config.deltaT * config.deltaT <= config.tinit:
+    elif config.deltaT and (final - 1) // config.deltaT * config.deltaT <= config.tinit:
         yield (
             "deltaT",
             f"AdaLoRA does all its pruning at once, at step {final} (total_step - tfinal): deltaT={config.deltaT} "
@@ -77,7 +77,7 @@ def _beyond_the_ranks(call: AllocatorCall, budget: int) -> str | None:
             f"{why}: target_r={config.target_r} is not below init_r={config.init_r}, and PEFT fails in torch.kthvalue. "
             "Choose a target_r below init_r, or plain LoRA."
         )
-    if to_go < 1 and config.tinit >= final_step(config):
+    if config.tinit >= final_step(config):
         return (
             f"{why}: its warm-up, tinit={config.tinit}, lasts until the step at which the final ranks are settled, "
             f"total_step - tfinal = {final_step(config)}, and PEFT fails in torch.kthvalue. Raise "

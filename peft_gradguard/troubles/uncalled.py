@@ -35,8 +35,7 @@ class Watch(Ending):
     ``torch.utils.swap_tensors``, which ``Module.to`` may use, refuses tensors that are known weakly.
     """
 
-    # So torch.multiprocessing sends the parameter without a warning: the hook is not for the other process.
-    __torch_unserializable__ = True
+    __torch_unserializable__ = "torch.multiprocessing sends the parameter without it, and without a warning"
 
     def __init__(self, memory: Memory, ranked: frozenset[int]) -> None:
         super().__init__(memory)

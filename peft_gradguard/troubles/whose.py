@@ -39,7 +39,7 @@ def another_trains(adapter: str, training: Sequence[str]) -> str | None:
     others = [name for name in training if name != adapter]
     if not others or adapter in training:
         return None
-    other = others[0]
+    other, *_ = others
     return (
         f"AdaLoRA's allocator ranks adapter {adapter!r}, but {other!r} trains, and keeps all its ranks: PEFT "
         f"makes one allocator, for the first adapter. Give {other!r} its own, with tuner = model.base_model: "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from scenarios import (
     FINALISING,
@@ -224,17 +225,43 @@ def test_a_whole_state_that_a_program_puts_back() -> None:
 
 
 @pytest.mark.peft
-def test_tensors_that_torch_puts_back() -> None:
+@pytest.mark.parametrize("fresh", [True, False])
+def test_tensors_that_torch_puts_back(fresh: bool) -> None:
     """By ``load_state_dict``, without any function of PEFT's; what is trained since is saved whole."""
     trained(TOTAL).save_pretrained("saved")
     model = to_train_on("saved")
     cut = {f"{name}.default": value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
+    if fresh:
+        model = build(SCENARIO)
     train(model, 1, 2, call=False)
     assert not model.load_state_dict(cut, strict=False).unexpected_keys
     assert torch.allclose(logits(model), logits(loaded("saved")), atol=1e-6)
     train(model, 1, 3, call=False)
     model.save_pretrained("again")
     assert torch.allclose(logits(loaded("again")), logits(model), atol=1e-6)
+
+
+@pytest.mark.peft
+def test_a_whole_state_that_torch_puts_back() -> None:
+    """It is the one of now, and what is saved of it is cut as before."""
+    model = trained(BETWEEN)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert model.peft_config["default"].rank_pattern
+    pattern = bits(model)
+    saved = peft.get_peft_model_state_dict(model)
+    assert bits(model) == pattern
+    assert {len(value) for name, value in saved.items() if "lora_E" in name} != {INIT_R}
+
+
+@pytest.mark.peft
+def test_a_state_without_the_adapter_changes_no_pattern() -> None:
+    trained(TOTAL).save_pretrained("saved")
+    model = trained(BETWEEN)
+    pattern = bits(model)
+    tensors = safetensors.torch.load_file("saved/adapter_model.safetensors")
+    safetensors.torch.save_file({"of another": tensors.popitem()[1]}, "saved/adapter_model.safetensors")
+    model.load_adapter("saved", "default")
+    assert bits(model) == pattern
 
 
 @pytest.mark.peft
@@ -288,6 +315,19 @@ def test_an_adapter_of_another_size_is_refused_as_ever(changes: dict[str, Any]) 
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.load_adapter("saved", "default")
     assert model.peft_config["default"].rank_pattern == before
+
+
+@pytest.mark.peft
+def test_an_adapter_of_layers_of_another_size_is_refused_as_ever() -> None:
+    trained(BETWEEN).save_pretrained("saved")
+    tensors = safetensors.torch.load_file("saved/adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_A" in name)
+    tensors[name] = tensors[name][:, 1:].contiguous()
+    safetensors.torch.save_file(tensors, "saved/adapter_model.safetensors")
+    model = build(SCENARIO)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_adapter("saved", "default")
+    assert model.peft_config["default"].rank_pattern is None
 
 
 @pytest.mark.peft

@@ -247,6 +247,25 @@ def test_a_training_that_goes_on_by_hand_is_not_judged(records: list[logging.Log
     assert first is not None
 
 
+def test_flat_pieces_are_named() -> None:
+    """As FSDP1 leaves them."""
+    model, _ = made()
+    name, parameter = next((n, p) for n, p in model.base_model.model.named_parameters() if ".lora_B." in n)
+    parameter.data = parameter.data.flatten()
+    with pytest.raises(ValueError, match=f"flat pieces of {name}. Do it inside of FSDP.summon_full_params"):
+        AllocatorState(model).state_dict()
+
+
+def test_pieces_that_know_their_whole_shape_have_no_weights_in_it() -> None:
+    """As ZeRO 3 leaves them: its own checkpoints have the weights."""
+    model, _ = made()
+    name, parameter = next((n, p) for n, p in model.base_model.model.named_parameters() if ".lora_B." in n)
+    parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    state = AllocatorState(model).state_dict()
+    assert f"0.weight.{name}" not in state
+    assert state[f"0.ipt.{name}"].shape == parameter.ds_shape
+
+
 def test_the_tensors_are_copies() -> None:
     model, optimizer = made()
     train(model, optimizer, 1, 8)

@@ -306,12 +306,13 @@ def test_memory_goes_with_the_model(said: Callable[[], list[str]]) -> None:
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_pattern_with_names_that_the_model_has_no_more(said: Callable[[], list[str]], wrapped: bool) -> None:
-    model = make()
+    model = make(target_modules=["first", "second", "head"])
     train(model, range(1, FINAL + 1))
     if wrapped:
         model.base_model.model.first = torch.nn.Sequential(model.base_model.model.first)
     train(model, range(FINAL + 1, TOTAL + 1))
     assert ["pruned ranks come back" in words for words in said()] == [True] * wrapped
+    assert all("of the 3 modules in its rank pattern, 1 are not in the model" in words for words in said())
 
 
 @pytest.mark.parametrize("target_r", [0, 1])
@@ -320,6 +321,23 @@ def test_few_ranks_or_none_may_be_asked_for(said: Callable[[], list[str]], targe
     train(model)
     assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == target_r
     assert said() == []
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [(1.0, "ends with 1 ranks where its budget allows 4"), (float("nan"), "ends with 8 ranks where its budget")],
+)
+def test_other_ranks_than_asked_for(said: Callable[[], list[str]], score: float, words: str) -> None:
+    model = make()
+    train(model, range(1, FINAL))
+    allocator = model.base_model.rankallocator
+    for kind in (allocator.exp_avg_ipt, allocator.exp_avg_unc):
+        for name in kind:
+            kind[name] = torch.full_like(kind[name], score)
+            if "first.lora_E" in name:
+                kind[name][0] *= 2
+    train(model, [FINAL])
+    assert words in only(said, model)
 
 
 def test_the_only_rank_is_lost(said: Callable[[], list[str]]) -> None:

@@ -50,6 +50,15 @@ def trained_on(
 
 
 @pytest.mark.peft
+def test_more_ranks_than_were_counted_are_no_such_case(said: Callable[[], list[str]]) -> None:
+    model = build(branches(config={"target_modules": LINEARS}))
+    model.base_model.rankallocator.init_bgt = INIT_R
+    advance(model, 1)
+    assert said() == []
+    assert not [text for text in only(model).advice if "budget begins" in text]
+
+
+@pytest.mark.peft
 @pytest.mark.parametrize(
     ("target_r", "will"),
     [

@@ -77,7 +77,7 @@ def test_error_of_kthvalue_is_explained(settings: dict[str, int], numbers: list[
 @pytest.mark.parametrize(
     ("init", "words"),
     [
-        (40, r"cannot prune 14 of 8 ranks .* its budget began at 40 ranks, and is 26 now"),
+        (17, r"cannot prune 9 of 8 ranks .* its budget began at 17 ranks, and is 8 now"),
         (2, r"cannot prune 0 of 8 ranks .* its budget began at 2 ranks, and is 2 now"),
     ],
 )

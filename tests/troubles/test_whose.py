@@ -171,7 +171,8 @@ def test_injected_adapter_that_is_only_used(said: Callable[[], list[str]]) -> No
 
 @needs.hook_after_accumulation
 def test_adapter_whose_allocator_was_taken_away(said: Callable[[], list[str]]) -> None:
-    model = make()
+    model, beside = make(), make()
+    train(beside, range(1, 3))
     optimizer = optimizer_of(model)
     train(model, optimizer=optimizer)
     del model.base_model.rankallocator
