@@ -276,6 +276,7 @@ def test_the_tensors_are_copies() -> None:
     AllocatorState(again).load_state_dict(state)
     train(again, made()[1], 9, 10)
     assert all(torch.equal(kept[name].nan_to_num(-1), tensor.nan_to_num(-1)) for name, tensor in state.items())
+    AllocatorState(again).load_state_dict(state)
     there = facts(again)
     for tensor in state.values():
         tensor.fill_(1)
