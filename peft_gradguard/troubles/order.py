@@ -105,7 +105,7 @@ class _Steps(StepListener):
 
     def _look(self, energy: torch.nn.Parameter) -> None:
         """See whether the step uses what the call has seen; the same tensor may have other values."""
-        if energy.grad is None or self._seen is None or self._seen.tensor is not energy.grad:
+        if self._seen is None or self._seen.tensor is not energy.grad:
             return
         if self._hooked == id(energy):
             self.uses_what_was_seen |= not self.backward_came

@@ -27,7 +27,7 @@ def warn_of_unreached_adapter(call: AllocatorCall) -> None:
             f"AdaLoRA's regulariser alone trains adapter {call.memory.adapter!r}; the loss does not reach it. In the "
             f"last {IN_A_ROW} scoring steps (up to step {call.step}) no lora_E got a gradient. {_cause(call)}"
         )
-        said.warn_once(f"{TOPIC} again" if seen.came_back else TOPIC, "%s", words)
+        said.warn_once(f"{TOPIC}, again: {seen.came_back}", "%s", words)
 
 
 def _cause(call: AllocatorCall) -> str:

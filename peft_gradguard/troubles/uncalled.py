@@ -97,7 +97,7 @@ class Watch(Ending):
         # Only plain tensors are looked at: to compare shards would be a collective, and to read a value while a CUDA
         # graph is recorded would break it.
         now = energy.detach()
-        if torch.is_inference_mode_enabled() or type(now) is not torch.Tensor or now.is_meta:
+        if type(now) is not torch.Tensor or now.is_meta:
             return False
         if is_captured(now):
             return False

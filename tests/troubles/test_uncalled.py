@@ -22,6 +22,7 @@ import pytest
 import torch
 import transformers
 from fresh import SUPPORT
+from peft.tuners.adalora import RankAllocator
 from scenarios import LINEARS, PEFT_VERSION, TOTAL, branches, build, frozen, loss_of, vectors
 from torch import multiprocessing  # noqa: F401 - teaches the pickler of processes to send tensors
 from trainers import fit
@@ -318,6 +319,34 @@ def test_an_adapter_of_which_the_ranks_were_taken_by_hand(ranks: int, records: l
     gc.collect()
     make()
     assert bool(never_called(records)) is (ranks == 2)
+
+
+@pytest.mark.peft
+@needs.hook_after_accumulation
+def test_backwards_in_inference_mode(records: list[logging.LogRecord]) -> None:
+    model = make()
+    optimizer = optimizer_of(model)
+    for _ in range(3):
+        loss = model(torch.randn(2, 4)).pow(2).mean()
+        with torch.inference_mode():
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    del model, loss, optimizer
+    gc.collect()
+    make()
+    assert len(never_called(records)) == 1
+
+
+@pytest.mark.peft
+def test_a_new_allocator_for_an_adapter_that_is_frozen(records: list[logging.LogRecord]) -> None:
+    model = make()
+    tuner = model.base_model.requires_grad_(False)
+    tuner.rankallocator = RankAllocator(tuner.model, tuner.peft_config["default"], "default")
+    del model, tuner
+    gc.collect()
+    make()
+    assert not never_called(records)
 
 
 @pytest.mark.peft
