@@ -112,6 +112,7 @@ class _Early(Ending):
     """The last step before a copy of the model has gone on with the training."""
 
     def judge(self) -> None:
+        # Both are None where the steps are not known.
         words = stopped_early(self.memory) if self.copied_at != self.memory.counts.step else None
         if words is not None and self.has_seen_all():
             self.memory.said.warn_once("stopped early", "%s", words)
@@ -124,7 +125,7 @@ ENOUGH = 5
 def stopped_early(memory: Memory) -> str | None:
     """Return what to say of a training whose last call came before the finalising step, if it is over."""
     step, final = memory.counts.step, memory.seen.final_step
-    if memory.seen.settled or step is None or final is None:
+    if memory.seen.settled or final is None:
         return None
     if not any(count.scored >= ENOUGH for count in memory.counts.of_each().values()):
         return None

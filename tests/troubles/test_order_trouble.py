@@ -241,6 +241,9 @@ def test_call_within_a_step_around_the_optimizers(
     said: Callable[[], list[str]], kind: type[Decays], times: int
 ) -> None:
     model, now = make(), [0]
+    for name, parameter in model.named_parameters():
+        if ".lora_E." in name:
+            torch.nn.init.constant_(parameter, 0.5)
     inner = optimizer_of(model)
     inner.register_step_post_hook(lambda *_: call(model, now[0]))
 

@@ -226,6 +226,24 @@ def test_training_that_ends_before_its_ranks_are_settled(said: Callable[[], list
     assert all(f"stopped after step {steps}, but they are settled at step {FINAL}" in text for text in early)
 
 
+class Moment(float):
+    """A step that can be reckoned with, and is no number of a step."""
+
+    def __int__(self) -> int:
+        raise RuntimeError("a moment is no number")
+
+    __index__ = __int__
+
+
+def test_steps_that_are_no_numbers_are_not_judged(said: Callable[[], list[str]]) -> None:
+    model = make()
+    train(model, range(1, 10), allocate=lambda model, step: model.base_model.update_and_allocate(Moment(step)))
+    del model
+    gc.collect()
+    make()
+    assert said() == []
+
+
 def test_training_of_which_the_guard_has_not_seen_all_is_not_judged(said: Callable[[], list[str]]) -> None:
     model = make()
     train(model, range(1, 10))
