@@ -255,7 +255,7 @@ def test_a_whole_state_that_torch_puts_back() -> None:
 
 @pytest.mark.peft
 def test_a_state_without_the_adapter_changes_no_pattern() -> None:
-    trained(TOTAL).save_pretrained("saved")
+    trained(TOTAL).save_pretrained("saved", safe_serialization=True)
     model = trained(BETWEEN)
     pattern = bits(model)
     tensors = safetensors.torch.load_file("saved/adapter_model.safetensors")
@@ -319,7 +319,7 @@ def test_an_adapter_of_another_size_is_refused_as_ever(changes: dict[str, Any]) 
 
 @pytest.mark.peft
 def test_an_adapter_of_layers_of_another_size_is_refused_as_ever() -> None:
-    trained(BETWEEN).save_pretrained("saved")
+    trained(BETWEEN).save_pretrained("saved", safe_serialization=True)
     tensors = safetensors.torch.load_file("saved/adapter_model.safetensors")
     name = next(name for name in tensors if "lora_A" in name)
     tensors[name] = tensors[name][:, 1:].contiguous()
