@@ -108,7 +108,8 @@ class _Steps(StepListener):
         if self._seen is None or self._seen.tensor is not energy.grad:
             return
         if self._hooked == id(energy):
-            self.uses_what_was_seen |= not self.backward_came
+            # Zeros are what zero_grad has left to a layer that rests.
+            self.uses_what_was_seen |= not self.backward_came and bool(energy.grad.any())
         else:
             self.uses_what_was_seen |= self._seen.is_as_it_was(energy.grad)
 

@@ -200,6 +200,23 @@ def test_gradients_written_to_after_the_step(said: Callable[[], list[str]], buff
     assert listening() == before
 
 
+@pytest.mark.parametrize("rests", ["first", "second"])
+def test_layer_that_rests_where_gradients_are_written_to(said: Callable[[], list[str]], rests: str) -> None:
+    model = make()
+    optimizer = optimizer_of(model)
+    for step in range(1, TOTAL + 1):
+        hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        for name in ("first", "second"):
+            if name != rests or step % 2:
+                hidden = getattr(model.base_model.model, name)(hidden)
+        hidden.square().mean().backward()
+        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], float("inf"))
+        call(model, step)
+        optimizer.zero_grad(set_to_none=False)
+    assert not named(said)
+
+
 def test_call_from_a_hook_after_the_step(said: Callable[[], list[str]]) -> None:
     model = make()
     optimizer, steps = optimizer_of(model), iter(range(1, TOTAL + 1))
