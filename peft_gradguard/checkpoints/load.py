@@ -17,7 +17,7 @@ import torch
 
 from ..log import harmless, said_level, say
 from ..memory.memory import known_memory
-from ..model.parameters import whole_triplets
+from ..model.parameters import energies, whole_triplets
 from ..model.pattern import pattern_by_full_name
 from ..model.walk import adalora_parameters
 from ..rules.call import memory_for
@@ -43,7 +43,7 @@ def resize_modules_by_rank_pattern(
 ) -> None:
     """Leave an adapter that lives whole where PEFT would cut it only to load tensors that are cut."""
     with harmless("see whether an AdaLoRA adapter stays whole"):
-        if _stays_whole(tuner, adapter_name):
+        if _stays_whole(tuner, rank_pattern, adapter_name):
             return
     peft()
 
@@ -93,10 +93,15 @@ def _living(tuner: AdaLoraModel, adapter: str) -> RankAllocator | None:
     return allocator if allocator is not None and allocator.adapter_name == adapter else None
 
 
-def _stays_whole(tuner: AdaLoraModel, adapter: str) -> bool:
+def _stays_whole(tuner: AdaLoraModel, rank_pattern: RankPattern, adapter: str) -> bool:
     asked = _frame_of("set_peft_model_state_dict", "model", tuner) if _living(tuner, adapter) is not None else None
     # A user's own call wants it cut. And tensors of other sizes, if they are to be ignored, are taken away before ours.
-    return asked is not None and not asked.get("ignore_mismatched_sizes")
+    if asked is None or asked.get("ignore_mismatched_sizes"):
+        return False
+    ranked = energies(adalora_parameters(tuner.model, adapter))
+    named = dict(pattern_by_full_name(ranked, rank_pattern, adapter))
+    # Where PEFT has cut it before, without the guard, it refuses other ranks before it has written any.
+    return all(len(named[p.name]) == len(p.parameter) for p in ranked if p.name in named)
 
 
 def _put_back(tuner: AdaLoraModel, allocator: RankAllocator, state: dict[str, Any], prefix: str) -> None:

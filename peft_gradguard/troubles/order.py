@@ -79,8 +79,8 @@ class _Steps(StepListener):
             self._hooked = id(energy)
 
     def after_backward(self, parameter_id: int, gradient: torch.Tensor) -> None:
-        """Note that one has come."""
-        self.backward_came = True
+        """Note that one has come; hooks stay on an E that was followed before."""
+        self.backward_came |= parameter_id == self._hooked
 
     def follows(self, energy: torch.nn.Parameter) -> bool:
         """Say whether this is the E that is followed."""
