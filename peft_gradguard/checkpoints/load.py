@@ -94,7 +94,9 @@ def _living(tuner: AdaLoraModel, adapter: str) -> RankAllocator | None:
 
 
 def _stays_whole(tuner: AdaLoraModel, rank_pattern: RankPattern, adapter: str) -> bool:
-    asked = _frame_of("set_peft_model_state_dict", "model", tuner) if _living(tuner, adapter) is not None else None
+    if _living(tuner, adapter) is None:
+        return False
+    asked = _frame_of("set_peft_model_state_dict", "model", tuner)
     # A user's own call wants it cut. And tensors of other sizes, if they are to be ignored, are taken away before ours.
     if asked is None or asked.get("ignore_mismatched_sizes"):
         return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ..model.parameters import AdaLoraParameter
-    from .optimizers import Backward
 
 
 class Kept(NamedTuple):
@@ -45,8 +43,6 @@ class KeptGradients(StepListener):
         super().__init__()
         self.listens = False
         """Whether it has begun and is not closed."""
-        self._hooked: WeakValueDictionary[int, Backward] = WeakValueDictionary()
-        """By the id of a parameter, the hook on it, which goes away with it."""
         self._forget()
 
     def _forget(self) -> None:
@@ -80,10 +76,10 @@ class KeptGradients(StepListener):
         """From now on keep the gradients of these parameters."""
         self.watch(parameter.parameter for parameter in parameters)
         for parameter in (p.parameter for p in parameters):
-            if parameter.requires_grad and id(parameter) not in self._hooked:
+            if parameter.requires_grad:
                 # Torch refuses some; then gradients are told from each other by their identity.
                 with harmless("see the gradients of a parameter come"):
-                    self._hooked[id(parameter)] = self.see_backwards(parameter)
+                    self.see_backwards(parameter)
 
     def step_was_left_out(self) -> bool:
         """Say whether, since the last call, gradients came but no optimizer used them: a ``GradScaler``'s overflow."""

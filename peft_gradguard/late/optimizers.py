@@ -37,6 +37,8 @@ class StepListener:
 
     def __init__(self) -> None:
         self._watched: frozenset[int] = frozenset()
+        self._hooked: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
+        """By the id of a parameter whose backwards are seen, the hook on it, which goes away with it."""
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """From now on hear of the steps on these parameters."""
@@ -56,17 +58,18 @@ class StepListener:
     def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """Hear that an optimizer has stepped these parameters. Where steps call others, the inner one comes first."""
 
-    def see_backwards(self, parameter: torch.nn.Parameter) -> Backward:
+    def see_backwards(self, parameter: torch.nn.Parameter) -> None:
         """From now on hear of the backwards that reach it. The hook stays: to take it out might disturb torch."""
-        hook = Backward(self, parameter)
-        parameter.register_hook(hook)  # type: ignore[no-untyped-call]
-        return hook
+        if id(parameter) not in self._hooked:
+            hook = _Backward(self, parameter)
+            parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+            self._hooked[id(parameter)] = hook
 
     def after_backward(self, parameter_id: int, gradient: torch.Tensor) -> None:
         """Hear that a backward has reached a parameter, where that is seen, and what it brings."""
 
 
-class Backward:
+class _Backward:
     """A hook on a parameter: a backward has come. Knows its listener weakly, and does nothing once it is gone."""
 
     __torch_unserializable__ = "torch.multiprocessing sends the parameter without it, and without a warning"
@@ -76,7 +79,6 @@ class Backward:
         self._id = id(parameter)
 
     def __call__(self, gradient: torch.Tensor) -> None:
-        """Pass it on (the hook)."""
         listener = self._listener()
         if listener is not None:
             listener.after_backward(self._id, gradient)

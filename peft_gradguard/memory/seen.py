@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..late.optimizers import listen_no_more
 from ..model.parameters import NO_GRADIENT, energies
 from ..model.pattern import is_uncut
 
@@ -37,6 +38,13 @@ class Seen:
         self.listeners: dict[str, StepListener | None] = {}
         """Who listens to optimizers, by topic; None where it is known what they do."""
         self._step: int | None = None
+
+    def close(self, topic: str) -> None:
+        """Hear of no step for this topic any more: it is known what the optimizers do."""
+        listener = self.listeners.get(topic)
+        self.listeners[topic] = None
+        if listener is not None:
+            listen_no_more(listener)
 
     def note_scoring(self, step: int | None, parameters: Sequence[AdaLoraParameter], gradients: StepGradients) -> None:
         """Take note of a scoring step; a second call of the same step tells nothing new."""

@@ -108,6 +108,11 @@ def is_captured(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def can_be_read(tensor: torch.Tensor) -> bool:
+    """Say whether its values are here, and may be looked at."""
+    return not tensor.is_meta and not is_captured(tensor)
+
+
 def _norms(tensors: Sequence[torch.Tensor], order: float) -> list[float]:
     """Return the norms with one synchronisation for each device and data type, instead of one for each tensor."""
     found = [0.0] * len(tensors)

@@ -6,8 +6,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from ..errors import are, some_of
-from ..late.optimizers import StepListener, listen, listen_no_more
-from ..model.gradients import is_captured, magnitudes
+from ..late.optimizers import StepListener, listen
+from ..model.gradients import can_be_read, magnitudes
 from ..model.parameters import NO_GRADIENT
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class _Steps(StepListener):
         self._look(held)
 
     def _look(self, held: list[torch.nn.Parameter]) -> None:
-        there = [p for p in held if id(p) not in self.used and _can_be_read(p.grad)]
+        there = [p for p in held if id(p) not in self.used and p.grad is not None and can_be_read(p.grad)]
         sizes = magnitudes([p.grad for p in there if p.grad is not None])
         for parameter, size in zip(there, sizes or (), strict=sizes is not None):
             if size:
@@ -72,20 +72,13 @@ def watch_for_cleared_gradients(call: AllocatorCall, gradients: StepGradients) -
     if found:
         _say(call, found)
     if found or not waiting or steps.calls >= CALLS:
-        watch_no_more(call)
+        seen.close(TOPIC)
 
 
 def watch_no_more(call: AllocatorCall) -> None:
     """Listen to no step any more; from the finalising step on nothing is scored."""
-    steps = call.memory.seen.listeners.get(TOPIC)
-    if steps is not None:
-        call.memory.seen.listeners[TOPIC] = None
-        listen_no_more(steps)
-
-
-def _can_be_read(gradient: torch.Tensor | None) -> bool:
-    # To read a value while a CUDA graph is recorded would break it.
-    return gradient is not None and not gradient.is_meta and not is_captured(gradient)
+    if call.memory.seen.listeners.get(TOPIC) is not None:
+        call.memory.seen.close(TOPIC)
 
 
 def _was_never_seen(call: AllocatorCall, parameter: AdaLoraParameter, gradients: StepGradients) -> bool:

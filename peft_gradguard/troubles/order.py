@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..errors import PLACE
-from ..late.optimizers import StepListener, listen, listen_no_more
+from ..late.optimizers import StepListener, listen
 from ..late.order import Order
 from ..log import harmless
-from ..model.gradients import is_captured
+from ..model.gradients import can_be_read
 from ..model.marks import deepspeed_holds_gradient
 from ..model.parameters import energies
 from ..model.pattern import pattern_by_full_name
@@ -52,8 +52,6 @@ class _Steps(StepListener):
         self.calls = 0
         self.left: _Gradient | None = None
         """The gradient as the last step has left it."""
-        self._hooked: int | None = None
-        """The id of the E whose backwards are seen."""
 
     def begin(self, energy: torch.nn.Parameter) -> None:
         """From this call on, follow what happens to this E."""
@@ -72,15 +70,9 @@ class _Steps(StepListener):
         """Whether the call came from inside of the step under way."""
         self.watch([energy])
 
-    def see_them_come(self, energy: torch.nn.Parameter) -> None:
-        """See the backwards that reach it from now on, by one hook."""
-        if self._hooked != id(energy):
-            self.see_backwards(energy)
-            self._hooked = id(energy)
-
     def after_backward(self, parameter_id: int, gradient: torch.Tensor) -> None:
         """Note that one has come; hooks stay on an E that was followed before."""
-        self.backward_came |= parameter_id == self._hooked
+        self.backward_came |= parameter_id in self._watched
 
     def follows(self, energy: torch.nn.Parameter) -> bool:
         """Say whether this is the E that is followed."""
@@ -96,8 +88,8 @@ class _Steps(StepListener):
     def after_step(self, optimizer: torch.optim.Optimizer, held: list[torch.nn.Parameter], has_closure: bool) -> None:
         """See what the step has left. One that had begun before the call may have written over its mask."""
         energy, *_ = held
-        if self._began_with is not None and self._began_with.is_as_it_was(energy.grad):
-            # A closure has made no other: Lightning gives every step one, be it to do nothing.
+        if has_closure and self._began_with is not None and self._began_with.is_as_it_was(energy.grad):
+            # The closure has made no other: Lightning gives every step one, be it to do nothing.
             self._look(energy)
         if self._is_inside:
             self.uses_what_was_seen |= bool(energy.detach()[self._zero].any())
@@ -107,7 +99,7 @@ class _Steps(StepListener):
         """See whether the step uses what the call has seen; the same tensor may have other values."""
         if self._seen is None or self._seen.tensor is not energy.grad:
             return
-        if self._hooked == id(energy):
+        if id(energy) in self._hooked:
             # Zeros are what zero_grad has left to a layer that rests.
             self.uses_what_was_seen |= not self.backward_came and bool(energy.grad.any())
         else:
@@ -125,7 +117,7 @@ def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
         return
     plain = [p for p in energies(call.parameters) if p.shard is None and _is_plain(p.parameter)]
     if not plain or call.memory.late.order is not Order.IN_TIME:
-        _close(call, steps)
+        seen.close(TOPIC)
         return
     if not isinstance(steps, _Steps):
         steps = seen.listeners[TOPIC] = _Steps()
@@ -136,20 +128,14 @@ def watch_the_order(call: AllocatorCall, pattern: RankPattern | None) -> None:
         in_time = steps.left.is_as_it_was(energy.grad)
         before = steps.uses_what_was_seen and not in_time
         if before or in_time or steps.calls >= CALLS:
-            _close(call, steps)
+            seen.close(TOPIC)
             if before:
                 _say(call)
             return
         # The tensor may have been written to since: by a clipping, or by another backward.
         with harmless("see the backwards of a parameter"):
-            steps.see_them_come(energy)
+            steps.see_backwards(energy)
     steps.begin(energy)
-
-
-def _close(call: AllocatorCall, steps: StepListener | None) -> None:
-    call.memory.seen.listeners[TOPIC] = None
-    if steps is not None:
-        listen_no_more(steps)
 
 
 def _say(call: AllocatorCall) -> None:
@@ -170,8 +156,7 @@ def _is_plain(parameter: torch.nn.Parameter) -> bool:
         and not gradient.is_inference()
         and not deepspeed_holds_gradient(parameter)
         and type(parameter.detach()) is torch.Tensor
-        and not parameter.is_meta
-        and not is_captured(parameter)
+        and can_be_read(parameter)
     )
 
 

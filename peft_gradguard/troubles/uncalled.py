@@ -14,7 +14,7 @@ import torch
 
 from ..errors import PLACE
 from ..log import harmless
-from ..model.gradients import is_captured
+from ..model.gradients import can_be_read
 from ..model.parameters import energies
 from ..model.pattern import pattern_by_full_name
 from .ended import Ending, anything_has_ended, judge_at_the_end, living, say_what_has_ended
@@ -97,9 +97,7 @@ class Watch(Ending):
         # Only plain tensors are looked at: to compare shards would be a collective, and to read a value while a CUDA
         # graph is recorded would break it.
         now = energy.detach()
-        if type(now) is not torch.Tensor or now.is_meta:
-            return False
-        if is_captured(now):
+        if type(now) is not torch.Tensor or not can_be_read(now):
             return False
         if self._first is None:
             self._first = now.clone()
