@@ -7,17 +7,25 @@ import torch
 from torch import nn
 
 from peft_gradguard.checkpoints.expand import expanded, keeps_of, saved_triplets
-from peft_gradguard.model.parameters import AdaLoraParameter, Triplet
+from peft_gradguard.model.parameters import AdaLoraParameter, Factor, Triplet
 
 KEEP = [False, True, False, True]
 NAMES = {factor: f"block.lora_{factor}.default" for factor in "ABE"}
 
 
+def shapes(ranks: int) -> dict[Factor, tuple[int, int]]:
+    return {"A": (ranks, 3), "B": (2, ranks), "E": (ranks, 1)}
+
+
+def zeros(ranks: int) -> dict[str, torch.Tensor]:
+    """A state of so many ranks."""
+    return {f"there.{NAMES[factor]}": torch.zeros(shape) for factor, shape in shapes(ranks).items()}
+
+
 def triplet(value: float = 5.0, device: str = "cpu") -> Triplet:
-    shapes = {"A": (4, 3), "B": (2, 4), "E": (4, 1)}
     parts = {
         factor: AdaLoraParameter(NAMES[factor], nn.Parameter(torch.full(shape, value, device=device)), "block", factor)
-        for factor, shape in shapes.items()
+        for factor, shape in shapes(4).items()
     }
     return Triplet(**parts)
 
@@ -103,11 +111,7 @@ def test_tensors_that_lack_more_than_ranks(factor: str, shape: tuple[int, ...]) 
 
 
 def test_more_ranks_than_the_model_has() -> None:
-    state = {
-        f"there.{NAMES[factor]}": torch.zeros(shape)
-        for factor, shape in {"A": (5, 3), "B": (2, 5), "E": (5, 1)}.items()
-    }
-    (saved,) = saved_triplets([triplet()], state, "there.")
+    (saved,) = saved_triplets([triplet()], zeros(5), "there.")
     assert not saved.is_whole
     assert not saved.can_be_put_back
 
@@ -122,11 +126,7 @@ def test_a_model_of_other_dimensions(shape: tuple[int, ...]) -> None:
 
 
 def test_the_pattern_of_a_larger_adapter_fits_no_whole_state() -> None:
-    state = {
-        f"there.{NAMES[factor]}": torch.zeros(shape)
-        for factor, shape in {"A": (4, 3), "B": (2, 4), "E": (4, 1)}.items()
-    }
-    saved = saved_triplets([triplet()], state, "there.")
+    saved = saved_triplets([triplet()], zeros(4), "there.")
     assert saved[0].is_whole
     assert saved[0].can_be_put_back
     assert keeps_of(saved, {"block.lora_E": [True] * 5}, "default") is None

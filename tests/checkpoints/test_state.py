@@ -247,10 +247,14 @@ def test_a_training_that_goes_on_by_hand_is_not_judged(records: list[logging.Log
     assert first is not None
 
 
+def made_with_one_of_its_parameters() -> tuple[peft.PeftModel, str, Any]:
+    model, _ = made()
+    return model, *next((n, p) for n, p in model.base_model.model.named_parameters() if ".lora_B." in n)
+
+
 def test_flat_pieces_are_named() -> None:
     """As FSDP1 leaves them."""
-    model, _ = made()
-    name, parameter = next((n, p) for n, p in model.base_model.model.named_parameters() if ".lora_B." in n)
+    model, name, parameter = made_with_one_of_its_parameters()
     parameter.data = parameter.data.flatten()
     with pytest.raises(ValueError, match=f"flat pieces of {name}. Do it inside of FSDP.summon_full_params"):
         AllocatorState(model).state_dict()
@@ -258,8 +262,7 @@ def test_flat_pieces_are_named() -> None:
 
 def test_pieces_that_know_their_whole_shape_have_no_weights_in_it() -> None:
     """As ZeRO 3 leaves them: its own checkpoints have the weights."""
-    model, _ = made()
-    name, parameter = next((n, p) for n, p in model.base_model.model.named_parameters() if ".lora_B." in n)
+    model, name, parameter = made_with_one_of_its_parameters()
     parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
     state = AllocatorState(model).state_dict()
     assert f"0.weight.{name}" not in state

@@ -394,10 +394,8 @@ def test_gradients_written_by_hand_are_not_scored_again() -> None:
         optimizer = torch.optim.SGD(trained(one), lr=1e-2)
         for step in range(1, 11):
             estimate_gradients(one, step)
-            if one is in_time and step % 2 == 0:
-                one.base_model.update_and_allocate(step)
-            if one is model and step % 2 == 0:
-                # The call before the step has what it scores; the one after zero_grad finds nothing new.
+            if step % 2 == 0:
+                # It has what it scores; the one after zero_grad finds nothing new.
                 one.base_model.update_and_allocate(step)
             optimizer.step()
             optimizer.zero_grad()

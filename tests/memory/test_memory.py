@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from typing import Any
 
 import pytest
-import torch
 from reported import only
 from scenarios import FINALISING, INIT_R, TARGET_R, branches, build
-from situations import make, optimizer_of, train
+from situations import make, optimizer_of, outside, train
 from steps import advance, new_model
 
 import peft_gradguard
@@ -48,17 +46,13 @@ def test_parameters_that_know_their_model_let_it_go(way: str, set_to_none: bool,
         range(1, 8),
         order="in time" if way == "one rests" else way,
         optimizer=optimizer,
-        loss=bare,
-        **{"set_to_none": set_to_none},
+        loss=outside,
+        set_to_none=set_to_none,
     )
     gone = weakref.ref(model)
     del model, optimizer, parameter
     gc.collect()
     assert gone() is None
-
-
-def bare(model: Any, step: int) -> torch.Tensor:
-    return model(torch.randn(8, 6)).logits.square().mean()
 
 
 def test_report_without_the_guard_leaves_no_memory() -> None:

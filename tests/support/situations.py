@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -58,6 +59,49 @@ def loss_of(model: Any, step: int) -> torch.Tensor:
     """The loss with the regulariser; not by ``model(...)``, which goes around ``AdaLoraModel.forward``."""
     inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
     return getattr(model, "base_model", model)(inputs, labels=inputs[:, :3].argmax(dim=1)).loss
+
+
+def outside(model: Any, step: int) -> torch.Tensor:
+    """A loss without PEFT's regulariser, which is that of the first adapter."""
+    return model(torch.randn(8, 6, generator=torch.Generator().manual_seed(step))).logits.square().mean()
+
+
+def loss_without(model: Any, step: int, rests: str | None) -> torch.Tensor:
+    """A loss of the two layers, of which one may rest."""
+    hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+    for name in ("first", "second"):
+        if name != rests:
+            hidden = getattr(model.base_model.model, name)(hidden)
+    return hidden.square().mean()
+
+
+def train_with_two(
+    model: Any,
+    steps: Any = range(1, TOTAL + 1),
+    *,
+    early: bool = True,
+    loss: Callable[[Any, int], torch.Tensor] = loss_of,
+    **zero_grad: Any,
+) -> None:
+    """Train with an optimizer for each layer; ``early``: the first one is cleared before the call."""
+    one, other = optimizer_of(model, "first"), optimizer_of(model, "second")
+    for step in steps:
+        loss(model, step).backward()
+        one.step()
+        if early:
+            one.zero_grad(**zero_grad)
+        other.step()
+        call(model, step)
+        one.zero_grad(**zero_grad)
+        other.zero_grad(**zero_grad)
+
+
+def listening() -> list[Any]:
+    """Who listens to the steps of optimizers."""
+    from peft_gradguard.late import optimizers
+
+    gc.collect()
+    return [one for reference in optimizers._listeners if (one := reference()) is not None]
 
 
 def optimizer_of(model: nn.Module, part: str = "") -> torch.optim.Optimizer:

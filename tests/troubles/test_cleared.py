@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from situations import FINAL, TOTAL, call, loss_of, make, optimizer_of
+from situations import FINAL, TOTAL, call, listening, loss_of, loss_without, make, optimizer_of, train, train_with_two
 
 import peft_gradguard
 
@@ -23,33 +22,13 @@ def named(said: Callable[[], list[str]]) -> list[str]:
     return [text for text in said() if NAMED in text]
 
 
-def listening() -> list[Any]:
-    from peft_gradguard.late import optimizers
-
-    gc.collect()
-    return [one for reference in optimizers._listeners if (one := reference()) is not None]
-
-
-def train_with_two(model: Any, early: bool, steps: range = range(1, TOTAL + 1), **zero_grad: Any) -> None:
-    one, other = optimizer_of(model, "first"), optimizer_of(model, "second")
-    for step in steps:
-        loss_of(model, step).backward()
-        one.step()
-        if early:
-            one.zero_grad(**zero_grad)
-        other.step()
-        call(model, step)
-        one.zero_grad(**zero_grad)
-        other.zero_grad(**zero_grad)
-
-
 @pytest.mark.parametrize("zero_grad", [{}, {"set_to_none": False}])
 @pytest.mark.parametrize("early", [True, False])
 def test_first_of_two_optimizers_cleared_before_the_call(
     said: Callable[[], list[str]], zero_grad: dict[str, bool], early: bool
 ) -> None:
     model = make()
-    train_with_two(model, early, **zero_grad)
+    train_with_two(model, early=early, **zero_grad)
     assert len(named(said)) == early
     if early:
         assert "(adapter 'default', step 3)" in named(said)[0]
@@ -64,16 +43,7 @@ def test_first_of_two_optimizers_cleared_before_the_call(
 def test_layer_that_rests_is_no_such_case(
     said: Callable[[], list[str]], rests: range, zero_grad: dict[str, bool]
 ) -> None:
-    model = make()
-    optimizer = optimizer_of(model)
-    for step in range(1, TOTAL + 1):
-        hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-        if step not in rests:
-            hidden = model.base_model.model.first(hidden)
-        model.base_model.model.second(hidden).square().mean().backward()
-        optimizer.step()
-        call(model, step)
-        optimizer.zero_grad(**zero_grad)
+    train(make(), loss=lambda model, step: loss_without(model, step, "first" if step in rests else None), **zero_grad)
     assert not named(said)
 
 
@@ -94,11 +64,7 @@ def test_layer_in_some_micro_batches_only(said: Callable[[], list[str]]) -> None
 
 
 def test_layer_that_no_optimizer_holds(said: Callable[[], list[str]]) -> None:
-    from peft_gradguard.late import optimizers
-
-    gc.collect()
-    before = [reference() for reference in optimizers._listeners]
-    model = make()
+    model, before = make(), listening()
     optimizer = optimizer_of(model, "second")
     for step in range(1, TOTAL + 1):
         model.base_model.model.second(torch.randn(8, 6)).square().mean().backward()
@@ -106,7 +72,7 @@ def test_layer_that_no_optimizer_holds(said: Callable[[], list[str]]) -> None:
         call(model, step)
         optimizer.zero_grad()
     assert not named(said)
-    assert sum(reference() not in (None, *before) for reference in optimizers._listeners) <= 1
+    assert sum(one not in before for one in listening()) <= 1
 
 
 class ClearsByItself(torch.optim.SGD):
@@ -148,40 +114,27 @@ def test_one_parameter_alone(said: Callable[[], list[str]]) -> None:
 
 def test_what_is_excluded_may_be_cleared(said: Callable[[], list[str]]) -> None:
     with peft_gradguard.exclude("*first*"):
-        train_with_two(make(), early=True)
+        train_with_two(make())
     assert not named(said)
 
 
 @pytest.mark.parametrize(("rests", "times"), [(49, 1), (50, 0)])
 def test_layer_that_rests_for_long_is_watched_no_longer(said: Callable[[], list[str]], rests: int, times: int) -> None:
     model = make(total_step=100)
-    one, other = optimizer_of(model, "first"), optimizer_of(model, "second")
-    for step in range(1, 60):
-        hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-        if step > rests:
-            hidden = model.base_model.model.first(hidden)
-        model.base_model.model.second(hidden).square().mean().backward()
-        one.step()
-        one.zero_grad()
-        other.step()
-        call(model, step)
-        other.zero_grad()
+    train_with_two(
+        model, range(1, 60), loss=lambda model, step: loss_without(model, step, "first" if step <= rests else None)
+    )
     assert len(named(said)) == times
 
 
 def test_calls_at_each_fifth_step_of_a_branch_that_rests(said: Callable[[], list[str]]) -> None:
     """What is used at another step, and cleared there, is gone before the call."""
-    model = make(total_step=100)
-    optimizer = optimizer_of(model)
-    for step in range(1, 60):
-        hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-        if step % 5 == 2:
-            hidden = model.base_model.model.first(hidden)
-        model.base_model.model.second(hidden).square().mean().backward()
-        optimizer.step()
-        if step % 5 == 0:
-            call(model, step)
-        optimizer.zero_grad()
+    train(
+        make(total_step=100),
+        range(1, 60),
+        loss=lambda model, step: loss_without(model, step, None if step % 5 == 2 else "first"),
+        allocate=lambda model, step: None if step % 5 else call(model, step),
+    )
     assert not named(said)
 
 
@@ -200,14 +153,11 @@ def test_nobody_listens_once_the_ranks_are_settled() -> None:
 
 def test_nobody_listens_where_e_begins_at_zero() -> None:
     """There A and B have gradients of zero at first."""
-    from peft_gradguard.late import optimizers
-
     model = make()
-    optimizer = optimizer_of(model)
-    before = optimizers._listeners
+    optimizer, before = optimizer_of(model), listening()
     for step in (1, 2):
         model.base_model.model(torch.randn(8, 6)).logits.square().mean().backward()
         optimizer.step()
         call(model, step)
         optimizer.zero_grad()
-        assert optimizers._listeners == before
+        assert listening() == before

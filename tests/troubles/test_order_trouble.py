@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import needs
 import pytest
 import torch
-from situations import TOTAL, call, loss_of, make, optimizer_of, train
+from situations import TOTAL, call, listening, loss_of, loss_without, make, optimizer_of, train
 
 import peft_gradguard
 
@@ -22,12 +22,6 @@ NAMED = "is called before the optimizer's step"
 
 def named(said: Callable[[], list[str]]) -> list[str]:
     return [text for text in said() if NAMED in text]
-
-
-def listening() -> list[Any]:
-    from peft_gradguard.late import optimizers
-
-    return [one for reference in optimizers._listeners if (one := reference()) is not None]
 
 
 @pytest.mark.parametrize("order", ["before", "inside"])
@@ -52,14 +46,11 @@ def test_other_orders_are_not(said: Callable[[], list[str]], order: str, zero_gr
 
 def test_it_listens_for_two_steps_only(said: Callable[[], list[str]]) -> None:
     model = make()
-    optimizer = optimizer_of(model)
-    from peft_gradguard.late import optimizers
-
-    before = len(optimizers._listeners)
+    optimizer, before = optimizer_of(model), len(listening())
     heard = []
     for step in range(1, TOTAL + 1):
         train(model, [step], optimizer=optimizer)
-        heard.append(len(optimizers._listeners) - before)
+        heard.append(len(listening()) - before)
     assert heard == [0, 0, 1, *[0] * (TOTAL - 3)]
 
 
@@ -205,11 +196,7 @@ def test_layer_that_rests_where_gradients_are_written_to(said: Callable[[], list
     model = make()
     optimizer = optimizer_of(model)
     for step in range(1, TOTAL + 1):
-        hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-        for name in ("first", "second"):
-            if name != rests or step % 2:
-                hidden = getattr(model.base_model.model, name)(hidden)
-        hidden.square().mean().backward()
+        loss_without(model, step, None if step % 2 else rests).backward()
         optimizer.step()
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], float("inf"))
         call(model, step)

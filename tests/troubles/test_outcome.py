@@ -11,7 +11,7 @@ import pytest
 import torch
 from scenarios import FINALISING, SCENARIOS
 from scenarios import train as train_scenario
-from situations import FINAL, TOTAL, make, optimizer_of, train
+from situations import FINAL, TOTAL, make, optimizer_of, outside, train
 
 import peft_gradguard
 
@@ -40,11 +40,6 @@ def cast_adapter(model: Any, kind: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name and "ranknum" not in name:
             parameter.data = parameter.data.to(kind)
-
-
-def outside(model: Any, step: int) -> torch.Tensor:
-    """A loss without PEFT's regulariser."""
-    return model(torch.randn(8, 6, generator=torch.Generator().manual_seed(step))).logits.square().mean()
 
 
 def train_the_head_alone(steps: Any = range(1, TOTAL + 1), **changes: Any) -> None:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import needs
 import peft
 import pytest
-import torch
 from peft.tuners.adalora import RankAllocator
-from situations import TOTAL, TwoLayers, config, make, optimizer_of, train
+from situations import TOTAL, TwoLayers, config, make, optimizer_of, outside, train
 
 import peft_gradguard
 
@@ -19,14 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    import torch
+
 pytestmark = pytest.mark.peft
 
 PEFT_VERSION = tuple(int(part) for part in peft.__version__.split(".")[:2])
-
-
-def outside(model: Any, step: int) -> torch.Tensor:
-    """A loss without PEFT's regulariser, which is that of the first adapter."""
-    return model(torch.randn(8, 6, generator=torch.Generator().manual_seed(step))).logits.square().mean()
 
 
 def second_adapter(model: Any) -> None:

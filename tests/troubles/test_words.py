@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
-from situations import FINAL, TOTAL, TwoLayers, call, config, loss_of, make, optimizer_of, train
+from situations import FINAL, TOTAL, TwoLayers, call, config, loss_of, make, optimizer_of, train, train_with_two
 
 import peft_gradguard
 
@@ -201,15 +201,7 @@ def before_the_step() -> None:
 
 
 def cleared_before_the_call() -> None:
-    model = make()
-    one, other = optimizer_of(model, "first"), optimizer_of(model, "second")
-    for step in range(1, 5):
-        loss_of(model, step).backward()
-        one.step()
-        one.zero_grad()
-        other.step()
-        call(model, step)
-        other.zero_grad()
+    train_with_two(make(), range(1, 5))
 
 
 def scheduled(**settings: Any) -> Any:
